@@ -1,0 +1,6 @@
+"""Exact attention over one shard of keys, on one GPU: output and log-sum-exp, ready to be continued with the next shard."""
+
+from ringfa3_kernels.door import attend, attend_backward, row_delta
+from ringfa3_kernels.types import Partial, Unsupported, Visible, merge
+
+__all__ = ["Partial", "Unsupported", "Visible", "attend", "attend_backward", "merge", "row_delta"]

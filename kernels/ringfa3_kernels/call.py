@@ -1,0 +1,45 @@
+"""What an implementation is told about a call when dispatch asks whether it serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts of one attend or attend_backward; hashable, so that dispatch remembers its answer.
+
+    Args:
+        direction: "forward" or "backward".
+        device: type of the tensors' device: "cuda", "cpu".
+        capability: CUDA compute capability, (0, 0) elsewhere.
+        dtype: of q, k and v.
+        B, Sq, Sk, Hq, Hkv, D: sizes.
+        batched_visible: lo and hi differ between batch rows ([B, Sq]).
+        softcap: a softcap is applied.
+        into: the call continues a Partial.
+        out_dtype: dtype of the output (forward) or of dq, dk, dv (backward).
+        accumulate: backward adds to its gradients instead of storing them.
+        deterministic: backward must be bitwise reproducible.
+        aligned: head_dim is contiguous, and every pointer and other stride is a multiple of 16 bytes (what TMA asks).
+    """
+
+    direction: str
+    device: str
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    B: int
+    Sq: int
+    Sk: int
+    Hq: int
+    Hkv: int
+    D: int
+    batched_visible: bool
+    softcap: bool
+    into: bool
+    out_dtype: torch.dtype
+    accumulate: bool
+    deterministic: bool
+    aligned: bool
