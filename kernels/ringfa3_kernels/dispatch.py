@@ -12,8 +12,9 @@ import torch
 from ringfa3_kernels.call import Call
 from ringfa3_kernels.types import Unsupported
 
-# In the order in which "auto" tries them. The reference is never chosen unless named: it is quadratic in memory.
-AUTO = ("portable", "aten")
+# In the order in which "auto" tries them on a GPU; elsewhere the other way round, because on the CPU Triton is its slow
+# interpreter. The reference is never chosen unless named: it is quadratic in memory.
+AUTO = ("hopper", "portable", "aten")
 IMPLEMENTATIONS = (*AUTO, "reference")
 
 
@@ -22,7 +23,7 @@ def load(name: str) -> ModuleType | str:
     """The implementation's module, or the reason why it cannot be imported here."""
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl: wanted 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {name!r}")
-    if name == "portable" and importlib.util.find_spec("triton") is None:
+    if name in ("hopper", "portable") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return importlib.import_module(f"ringfa3_kernels.{name}")
 
@@ -43,7 +44,8 @@ def choose(call: Call, impl: str = "auto") -> ModuleType:
         ValueError: no implementation has that name.
     """
     reasons = []
-    for name in AUTO if impl == "auto" else (impl,):
+    order = AUTO if call.device == "cuda" else AUTO[::-1]
+    for name in order if impl == "auto" else (impl,):
         reason = why_not(name, call)
         if reason is None:
             module = load(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,16 @@ def attend(
 ) -> Partial:
     """Attention of q over the visible keys, as a Partial that further shards of keys can continue.
 
+    It records nothing for autograd: `attend_backward` is its derivative, and an autograd function joins the two.
+
     Args:
-        q: [B, Sq, Hq, D] bf16, fp16, fp32 (fp64: reference only).
+        q: [B, Sq, Hq, D] bf16, fp16, fp32 (fp64: reference and aten only).
         k, v: [B, Sk, Hkv, D], q's dtype and device; Hq a multiple of Hkv (GQA, MQA).
         visible: which keys each row sees; None: all of them.
         scale: factor on q.k before the softmax; None: D ** -0.5.
         softcap: where not 0, scores become softcap * tanh(score / softcap).
-        into: a Partial over other keys (fp32 out). The softmax continues from it; its lse, and its out where out_dtype
-            is fp32, are overwritten in place.
+        into: a Partial over other keys (fp32 out). The softmax continues from it: its lse, and its out where out_dtype
+            is fp32, are overwritten in place and are what is returned.
         out_dtype: dtype of the returned out: fp32 (default), or q's dtype where no hop follows. fp64 for fp64 inputs.
         impl: "auto", or the name of one implementation, which then never falls back.
 
@@ -45,6 +49,12 @@ def attend(
         Unsupported: the named implementation (or, for "auto", every one) lacks something this call needs.
     """
     check_qkv(q, k, v)
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.requires_grad:
+                raise ValueError(
+                    f"{name}: wanted no requires_grad outside torch.no_grad(), as attend records no gradient"
+                )
     B, Sq, Hq, D = q.shape
     Sk = k.shape[1]
     visible = _checked(visible, q, Sk)
@@ -54,18 +64,14 @@ def attend(
     if out_dtype not in (wide, q.dtype):
         raise ValueError(f"out_dtype: wanted {wide} or q's {q.dtype}, got {out_dtype}")
     if into is not None:
+        if not isinstance(into, Partial):
+            raise ValueError(f"into: wanted a Partial, got {type(into).__name__}")
         _like("into.out", into.out, (B, Sq, Hq, D), wide, q.device)
         _like("into.lse", into.lse, (B, Hq, Sq), wide, q.device)
     chosen = dispatch.choose(_call("forward", q, k, v, visible, softcap, out_dtype, into=into is not None), impl)
     if Sk == 0 or q.numel() == 0:
-        if into is None:
-            return Partial.empty(q, out_dtype) if out_dtype == wide else Partial(
-                torch.zeros_like(q, memory_format=torch.contiguous_format), Partial.empty(q, wide).lse
-            )
-        return into if out_dtype == wide else Partial(into.out.to(out_dtype), into.lse)
-    result: Partial = chosen.attend(
-        q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype
-    )
+        return Partial.empty(q, out_dtype) if into is None else Partial(into.out.to(out_dtype), into.lse)
+    result: Partial = chosen.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
     return result
 
 
@@ -109,11 +115,9 @@ def attend_backward(
     _like("dout", dout, q.shape, q.dtype, q.device)
     _like("lse", lse, (B, Hq, Sq), wide, q.device)
     _like("delta", delta, (B, Hq, Sq), wide, q.device)
+    store = q.dtype if not accumulate and getattr(dq, "dtype", None) == q.dtype else wide
     for name, grad, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        if not accumulate and grad.dtype == q.dtype and dq.dtype == grad.dtype:
-            _like(name, grad, like.shape, q.dtype, q.device)
-        else:
-            _like(name, grad, like.shape, wide, q.device)
+        _like(name, grad, like.shape, store, q.device)
         if not grad.is_contiguous():
             raise ValueError(f"{name}: wanted a contiguous tensor to write into, got strides {grad.stride()}")
     call = _call(
@@ -154,7 +158,7 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
         fp32 [B, H, S] (fp64 for fp64 inputs), contiguous.
     """
     wide = state_dtype(out.dtype)
-    delta = torch.linalg.vecdot(dout.to(wide), out.to(wide)).transpose(1, 2).contiguous()
+    delta: Tensor = torch.linalg.vecdot(dout.to(wide), out.to(wide)).transpose(1, 2).contiguous()
     return delta if dlse is None else delta - dlse
 
 
@@ -171,7 +175,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.ndim != 4:
             raise ValueError(f"{name}: wanted 4 dimensions [B, S, H, D], got shape {list(x.shape)}")
     if q.dtype not in DTYPES:
-        raise ValueError(f"q: wanted dtype bfloat16, float16 or float32, got {q.dtype}")
+        raise ValueError(f"q: wanted dtype bfloat16, float16, float32 or float64, got {q.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"v: wanted k's shape {list(k.shape)}, got {list(v.shape)}")
     for name, x in (("k", k), ("v", v)):
@@ -193,20 +197,28 @@ def _checked(visible: Visible | None, q: Tensor, Sk: int) -> Visible:
     B, Sq = q.shape[:2]
     if visible is None:
         return Visible.full(Sq, Sk, q.device)
+    if not isinstance(visible, Visible):
+        raise ValueError(f"visible: wanted a Visible or None, got {type(visible).__name__}")
     if visible.rows != Sq or (visible.lo.ndim == 2 and visible.lo.shape[0] != B):
         raise ValueError(f"visible: wanted bounds [{Sq}] or [{B}, {Sq}], got {list(visible.lo.shape)}")
     if visible.device != q.device:
         raise ValueError(f"visible: wanted q's device {q.device}, got {visible.device}")
+    if visible.device.type == "cpu":  # elsewhere it would synchronise
+        visible.check(Sk)
     return visible
 
 
 def _scalars(scale: float | None, softcap: float, D: int) -> tuple[float, float]:
-    if softcap < 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: wanted a finite number or None, got {scale}")
     return (D**-0.5 if scale is None else float(scale)), float(softcap)
 
 
 def _like(name: str, x: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: wanted a Tensor, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
         raise ValueError(
             f"{name}: wanted {dtype} {list(shape)} on {device}, got {x.dtype} {list(x.shape)} on {x.device}"
@@ -251,6 +263,4 @@ def _call(
 
 def _aligned(x: Tensor) -> bool:
     size = x.element_size()
-    return (
-        x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:3])
-    )
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:3])

@@ -66,11 +66,12 @@ def attend_backward(
     deterministic: bool,
 ) -> None:
     """Gradients of `attend` for rows whose final lse and delta are given; see `ringfa3_kernels.attend_backward`."""
-    B, Sk, Hkv, D = k.shape
+    Hkv = k.shape[2]
     s, cap_slope = _scores(q, k, visible, scale, softcap)
     m = torch.where(lse == -torch.inf, 0.0, lse)
     p = torch.exp(s - m[..., None])
-    dp = torch.einsum("bihd,bjhd->bhij", dout, _repeat(v, q.shape[2])).to(p.dtype)
+    # unrounded, because delta is: autograd's softmax subtracts a delta that it sums from dp itself, so roundings cancel
+    dp = torch.einsum("bihd,bjhd->bhij", dout.to(p.dtype), _repeat(v.to(p.dtype), q.shape[2]))
     ds = (p * (dp - delta[..., None]) * cap_slope * scale).to(q.dtype)
     grads = (
         (dq, torch.einsum("bhij,bjhd->bihd", ds, _repeat(k, q.shape[2]))),

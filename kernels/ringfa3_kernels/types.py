@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Kind = Literal["full", "causal", "intervals"]
+_FAR = 2**31 - 1  # beyond every key
 
 
 class Unsupported(RuntimeError):
@@ -26,16 +28,20 @@ class Visible:
             key), "causal" (lo 0, hi = i + 1 + Sk - Sq clamped to [0, Sk]) or "intervals" (read lo and hi).
 
     Raises:
-        ValueError: wrong dtype, shape or device. That the bounds are sorted is the caller's promise (checking would
-            synchronise the device); `check()` verifies it.
+        ValueError: wrong kind, dtype, shape or device. That the bounds are sorted, inside [0, Sk] and of that kind is
+            the caller's promise on a GPU (checking would synchronise it); `check()` verifies it, and `attend` calls
+            that where the bounds are on the CPU.
     """
 
     lo: Tensor
     hi: Tensor
     kind: Kind = "intervals"
     _tiles: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _checked: set[int] = field(default_factory=set, init=False, repr=False)  # the Sk that `check` found right
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"Visible kind: wanted one of {', '.join(map(repr, get_args(Kind)))}, got {self.kind!r}")
         for name, x in (("lo", self.lo), ("hi", self.hi)):
             if x.dtype != torch.int32:
                 raise ValueError(f"Visible {name}: wanted dtype torch.int32, got {x.dtype}")
@@ -55,7 +61,7 @@ class Visible:
 
     @classmethod
     def causal(cls, Sq: int, Sk: int, device: torch.device | str | None = None) -> Visible:
-        """Row i sees keys up to i + Sk - Sq: bottom-right aligned, as flash-attn's. Rows before the first key see none."""
+        """Row i sees keys up to i + Sk - Sq: bottom-right aligned, as flash-attn's; rows before the first see none."""
         lo = torch.zeros(Sq, dtype=torch.int32, device=device)
         hi = torch.arange(Sk - Sq + 1, Sk + 1, dtype=torch.int32, device=device).clamp_(min=0)
         return cls(lo, hi, "causal")
@@ -74,12 +80,19 @@ class Visible:
         return Visible(self.lo.to(device), self.hi.to(device), self.kind)
 
     def check(self, Sk: int) -> None:
-        """Raise ValueError unless both bounds are sorted and inside [0, Sk]. Synchronises the device."""
+        """Raise ValueError unless the bounds are sorted, inside [0, Sk] and as `kind` says. Synchronises the device."""
+        if Sk in self._checked:
+            return
         for name, x in (("lo", self.lo), ("hi", self.hi)):
             if x.numel() and bool((x.diff(dim=-1) < 0).any()):
                 raise ValueError(f"Visible {name}: wanted non-decreasing bounds, got one that moves left")
             if x.numel() and bool(((x < 0) | (x > Sk)).any()):
                 raise ValueError(f"Visible {name}: wanted values in [0, {Sk}], got {int(x.min())}..{int(x.max())}")
+        if self.kind != "intervals":
+            wanted = (Visible.full if self.kind == "full" else Visible.causal)(self.rows, Sk, self.device)
+            if bool((self.lo != wanted.lo).any()) or bool((self.hi != wanted.hi).any()):
+                raise ValueError(f"Visible kind: wanted 'intervals' for bounds not {self.kind} over {Sk} keys")
+        self._checked.add(Sk)
 
     def mask(self, Sk: int) -> Tensor:
         """bool [Sq, Sk] or [B, Sq, Sk], True where visible. For tests: it is quadratic."""
@@ -101,6 +114,7 @@ class Visible:
 
         Returns:
             int32 [B or 1, ceil(Sk / block_n), 4]: begin, unmasked begin, unmasked end, end, in blocks of block_m rows.
+            Ordered as in `key_tiles`. Keys past Sk, in the last tile, do not count: kernels must not store those.
         """
         return self._kept("query", block_m, block_n, Sk)
 
@@ -113,27 +127,29 @@ class Visible:
         return tiles
 
     def _key_tiles(self, block_m: int, block_n: int, _: int) -> Tensor:
-        lo, hi = (x.reshape(-1, self.rows) for x in (self.lo, self.hi))
+        lo, hi = (torch.atleast_2d(x) for x in (self.lo, self.hi))
         first = torch.arange(0, self.rows, block_m, device=self.device)
         last = (first + block_m - 1).clamp_(max=self.rows - 1)
-        begin = lo[:, first] // block_n
-        end = torch.maximum((hi[:, last] + block_n - 1) // block_n, begin)
-        full_begin = torch.minimum((lo[:, last] + block_n - 1) // block_n, end)
-        full_end = torch.minimum(torch.maximum(hi[:, first] // block_n, full_begin), end)
+        # the hull is that of the rows which see something: others may stand anywhere between their neighbours' bounds
+        seeing = hi > lo
+        begin = _reduced(torch.where(seeing, lo, _FAR), block_m, _FAR).amin(-1) // block_n
+        end = (_reduced(torch.where(seeing, hi, 0), block_m, 0).amax(-1) + block_n - 1) // block_n
+        begin = torch.minimum(begin, end)
+        # an empty row ends the unmasked part by itself: there hi[first] <= hi[i] <= lo[i] <= lo[last]
+        full_begin = ((lo[:, last] + block_n - 1) // block_n).clamp(begin, end)
+        full_end = (hi[:, first] // block_n).clamp(full_begin, end)
         return torch.stack([begin, full_begin, full_end, end], -1).int().contiguous()
 
     def _query_tiles(self, block_m: int, block_n: int, Sk: int) -> Tensor:
-        lo, hi = (x.reshape(-1, self.rows).contiguous() for x in (self.lo, self.hi))
+        lo, hi = (torch.atleast_2d(x).contiguous() for x in (self.lo, self.hi))
         first = torch.arange(0, Sk, block_n, device=self.device, dtype=torch.int32).expand(lo.shape[0], -1).contiguous()
         stop = (first + block_n).clamp_(max=Sk)
-        # row i sees a key of [first, stop) iff lo[i] < stop and hi[i] > first; all of them iff lo[i] <= first, hi[i] >= stop
-        begin = torch.searchsorted(hi, first, right=True) // block_m
-        end = (torch.searchsorted(lo, stop) + block_m - 1) // block_m
-        end = torch.maximum(end, begin)
-        full_begin = (torch.searchsorted(hi, stop) + block_m - 1) // block_m
-        full_begin = torch.minimum(torch.maximum(full_begin, begin), end)
-        full_end = torch.searchsorted(lo, first, right=True) // block_m
-        full_end = torch.minimum(torch.maximum(full_end, full_begin), end)
+        # row i sees a key of [first, stop) iff lo[i] < stop and hi[i] > first; all iff lo[i] <= first and hi[i] >= stop
+        row, row_end = torch.searchsorted(hi, first, right=True), torch.searchsorted(lo, stop)
+        begin = row // block_m
+        end = torch.where(row < row_end, (row_end + block_m - 1) // block_m, begin)
+        full_begin = ((torch.searchsorted(hi, stop) + block_m - 1) // block_m).clamp(begin, end)
+        full_end = (torch.searchsorted(lo, first, right=True) // block_m).clamp(full_begin, end)
         return torch.stack([begin, full_begin, full_end, end], -1).int().contiguous()
 
 
@@ -152,12 +168,12 @@ class Partial:
     lse: Tensor
 
     @classmethod
-    def empty(cls, q: Tensor, dtype: torch.dtype = torch.float32) -> Partial:
-        """The identity of `merge` for queries q [B, Sq, Hq, D]: nothing seen yet."""
+    def empty(cls, q: Tensor, dtype: torch.dtype | None = None) -> Partial:
+        """The identity of `merge` for queries q [B, Sq, Hq, D]: nothing seen yet; out is fp32 (fp64) or dtype."""
         B, Sq, Hq, _ = q.shape
-        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return cls(out, torch.full((B, Hq, Sq), -torch.inf, dtype=lse_dtype, device=q.device))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros(q.shape, dtype=dtype or wide, device=q.device)
+        return cls(out, torch.full((B, Hq, Sq), -torch.inf, dtype=wide, device=q.device))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -173,6 +189,12 @@ def merge(a: Partial, b: Partial) -> Partial:
     total = torch.where(total == 0, 1.0, total)
     wa, wb = (_per_row(w / total) for w in (wa, wb))
     return Partial(a.out * wa + b.out * wb, lse)
+
+
+def _reduced(x: Tensor, block: int, pad: int) -> Tensor:
+    """[B, S] -> [B, ceil(S / block), block], ready to reduce each tile; the last is padded."""
+    tiles: Tensor = F.pad(x, (0, -x.shape[1] % block), value=pad).unflatten(1, (-1, block))
+    return tiles
 
 
 def _per_row(x: Tensor) -> Tensor:

@@ -1,1 +1,76 @@
-"""Plain Triton: any CUDA GPU of capability 8.0 or newer, and Triton's CPU interpreter."""
+"""Attention in plain Triton, forward and backward: CUDA of capability 8.0 or newer, and Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringfa3_kernels.call import Call
+from ringfa3_kernels.portable.launch import interpreted, run_backward, run_forward
+from ringfa3_kernels.types import Partial, Visible
+
+NAME = "portable"
+
+
+def unsupported(call: Call) -> str | None:
+    """What these kernels lack for the call, or None if they serve it."""
+    if call.dtype == torch.float64:
+        return "computes in fp32, got float64 inputs"
+    if interpreted():
+        return "tl.dot is wrong for bfloat16 in Triton's interpreter" if call.dtype == torch.bfloat16 else None
+    if call.device != "cuda" or call.capability < (8, 0):
+        return "needs a CUDA device of capability 8.0 (or TRITON_INTERPRET=1)"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float,
+    into: Partial | None,
+    out_dtype: torch.dtype,
+) -> Partial:
+    """softmax(q k^T) v and its lse, continuing `into` in place; see `ringfa3_kernels.attend`."""
+    return run_forward(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    visible: Visible,
+    *,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: bool,
+    scale: float,
+    softcap: float,
+    deterministic: bool,
+) -> None:
+    """Gradients of `attend`, added in place or stored; see `ringfa3_kernels.attend_backward`. Always deterministic."""
+    run_backward(
+        dout,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        visible,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        accumulate=accumulate,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+__all__ = ["NAME", "attend", "attend_backward", "unsupported"]

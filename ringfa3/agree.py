@@ -1,0 +1,175 @@
+"""Agreement: on every call all ranks compare what must be equal, exchange shard lengths and report bad arguments.
+
+Every rank leaves a note (fingerprint of its signature, its rows) and reads everybody's, so all come to the same verdict
+and raise the same error, before anything is sent. It happens on every call, whatever a rank has seen before: a check
+that only some ranks make would itself hang. Where the notes differ, a second round of texts says what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from hashlib import blake2b
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from ringfa3.board import BITS, TEXT, Board, Peer, meet
+from ringfa3.errors import RankFailed
+
+Signature = tuple[tuple[str, Hashable], ...]  # (name, value) of everything that must be equal
+
+ROWS = 44  # bits of a note's second number for rows; the state is above them
+FINE, WRONG, GAVE_UP = range(3)  # states: a usable call, an error in its arguments, this rank waits no longer
+SPINS = 50  # polls before giving the processor away; about 25 us, what ranks in step differ by
+WATCH = 0.05  # seconds between looks at whether the missing ranks live
+CLIP = 160  # characters of a value in a message
+
+
+class Agreement:
+    """Agreement between the ranks of one group. Making it is collective: every rank, in the same order of groups.
+
+    Args:
+        group: a process group with more than one rank.
+        timeout: seconds that a rank waits for the others, in the first call and in each later one.
+        shared_memory: False: exchange notes through the group's store even on one host (what happens between hosts).
+
+    Raises:
+        RankFailed: a rank did not come in time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, timeout: float = 300.0, shared_memory: bool = True) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout: wanted a positive number of seconds, got {timeout}")
+        self.rank, self.world, self.timeout = dist.get_rank(group), dist.get_world_size(group), timeout
+        self._others = [rank for rank in range(self.world) if rank != self.rank]
+        self._call = 0
+        self._broken: RankFailed | None = None
+        self._board: Board
+        self.peers: tuple[Peer, ...]
+        store = _get_process_group_store(group)
+        self._board, self.peers = meet(store, self.rank, self.world, timeout=timeout, shared=shared_memory)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host name of each rank."""
+        return tuple(peer.host for peer in self.peers)
+
+    def agree(self, signature: Signature, rows: int, error: Exception | None = None) -> tuple[int, ...]:
+        """Everybody's rows, once all ranks are known to have made the same call.
+
+        Args:
+            signature: (name, value) pairs; values must have the same repr on every rank if and only if they are equal.
+            rows: length of this rank's shard.
+            error: what is wrong with this rank's arguments. It is raised here, and a ValueError on the other ranks.
+
+        Raises:
+            ValueError: signatures differ, or another rank's arguments are wrong: on every rank, and it says where.
+            RankFailed: a rank died, or did not come within the timeout.
+        """
+        if self._broken is not None:
+            raise self._broken
+        self._call += 1
+        board, call = self._board, self._call
+        fingerprint = _fingerprint(signature)
+        own = (fingerprint, (FINE if error is None else WRONG) << ROWS | rows)
+        board.post(call, own)
+        self._wait(lambda ranks: board.missing(call, ranks), own)
+        notes = [board.note(call, rank) if rank != self.rank else own for rank in range(self.world)]
+        if all(first == fingerprint and second >> ROWS == FINE for first, second in notes):
+            return tuple(second for _, second in notes)
+        for rank, (_, second) in enumerate(notes):
+            if second >> ROWS == GAVE_UP:
+                self._fail(rank, f"gave up after waiting for {self.timeout:g} s; this rank came too late", own)
+        texts = self._texts(signature, error, own)
+        if error is not None:
+            raise error
+        raise ValueError(_difference(texts))
+
+    def _texts(self, signature: Signature, error: Exception | None, own: tuple[int, int]) -> list[dict[str, str]]:
+        """What every rank has to say for itself: its error, or its signature."""
+        call, board = self._call, self._board
+        said = _spelled(signature) if error is None else {"error": str(error)}
+        board.post_text(call, _encoded(said))
+        self._wait(lambda ranks: [rank for rank in ranks if board.text(call, rank) is None], own)
+        return [json.loads(board.text(call, rank) or b"{}") for rank in range(self.world)]
+
+    def _wait(self, missing: Callable[[list[int]], list[int]], own: tuple[int, int]) -> None:
+        """Until no rank is missing. Spins, then yields, then sleeps longer and longer, with an eye on the others."""
+        ranks = self._others
+        for _ in range(SPINS):
+            ranks = missing(ranks)
+            if not ranks:
+                return
+        start = watched = time.monotonic()
+        pause = 0.0
+        while ranks := missing(ranks):
+            now = time.monotonic()
+            if pause == 0.0 and now - start < 2e-4:
+                os.sched_yield()
+                continue
+            if now - watched > WATCH:
+                watched = now
+                gone = [rank for rank in ranks if self.peers[rank].dead()]
+                if gone and set(gone) & set(missing(gone)):  # not a last word before it died
+                    self._fail(gone[0], "its process has ended", own)
+            if now - start > self.timeout:
+                listed = ", ".join(map(str, ranks))
+                self._fail(ranks[0], f"no call of rank {listed} within {self.timeout:g} s", own)
+            pause = min(max(2 * pause, 2e-5), 2e-3)
+            time.sleep(pause)
+
+    def _fail(self, rank: int, message: str, own: tuple[int, int]) -> None:
+        """Raise RankFailed, here and in every later call, and tell ranks that come too late."""
+        self._board.post(self._call, (own[0], GAVE_UP << ROWS))
+        self._broken = RankFailed(rank, self.peers[rank].host, None, message)
+        raise self._broken
+
+
+@lru_cache(maxsize=1024)
+def _fingerprint(signature: Signature) -> int:
+    """48 bits that differ where signatures do; Python's own hash differs from process to process."""
+    return int.from_bytes(blake2b(repr(signature).encode(), digest_size=BITS // 8).digest(), "little")
+
+
+def _spelled(signature: Signature) -> dict[str, str]:
+    """Values as text; long ones are cut, and a digest tells them apart."""
+    spelled = {}
+    for name, value in signature:
+        text = value if isinstance(value, str) else repr(value)
+        if len(text) > CLIP:
+            text = f"{text[:CLIP]}... (digest {blake2b(text.encode(), digest_size=4).hexdigest()})"
+        spelled[name] = text
+    return spelled
+
+
+def _encoded(said: dict[str, str]) -> bytes:
+    """As JSON in at most TEXT - 8 bytes; the longest values lose their ends."""
+    longest = max(map(len, said.values()), default=0)
+    while len(encoded := json.dumps(said).encode()) > TEXT - 8:
+        longest = longest * 3 // 4
+        said = {name: value[:longest] for name, value in said.items()}
+    return encoded
+
+
+def _difference(texts: list[dict[str, str]]) -> str:
+    """The message that every rank raises."""
+    errors = [f"rank {rank}: {said['error']}" for rank, said in enumerate(texts) if "error" in said]
+    if errors:
+        return "; ".join(errors)
+    differing = []
+    for name in dict.fromkeys(name for said in texts for name in said):
+        holders: dict[str, list[int]] = {}
+        for rank, said in enumerate(texts):
+            holders.setdefault(said.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            values = ", ".join(f"{_ranks(ranks)} {value}" for value, ranks in holders.items())
+            differing.append(f"{name}: {values}")
+    return "ranks disagree on " + "; ".join(differing)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"

@@ -1,0 +1,201 @@
+"""What a call of `ring_attention` asks for, checked once, before anything is sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringfa3.agree import Signature
+from ringfa3.layout import Layout, resolve
+from ringfa3.mask import Mask
+from ringfa3.plan import Plan
+from ringfa3_kernels import Partial, attend, attend_backward
+from ringfa3_kernels.door import check_qkv, state_dtype
+
+TRANSPORTS = ("auto", "ring", "gather")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The checked arguments of one call on one rank, in one spelling: what was left to a default is filled in."""
+
+    mask: Mask
+    layout: Layout
+    plan: Plan | None
+    scale: float
+    softcap: float
+    transport: str
+    deterministic: bool
+    impl: str
+    grad: bool
+    sinks: bool
+
+    def signature(self, q: Tensor, k: Tensor) -> Signature:
+        """What must be equal on all ranks. The rest may differ: impl, return_lse, async_op."""
+        seqlens: tuple[int, int] | None = None if self.plan is None else (self.plan.seqlen, self.plan.kv_seqlen)
+        return (
+            ("batch", q.shape[0]),
+            ("heads", q.shape[2]),
+            ("kv_heads", k.shape[2]),
+            ("head_dim", q.shape[3]),
+            ("dtype", q.dtype),
+            ("device", q.device.type),
+            ("mask", self.mask),
+            ("layout", self.layout),
+            ("seqlen of the plan", seqlens),
+            ("scale", self.scale),
+            ("softcap", self.softcap),
+            ("transport", self.transport),
+            ("deterministic", self.deterministic),
+            ("sink_logits given", self.sinks),
+            ("gradients wanted", self.grad),
+        )
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: tuple[int, int] | None,
+    documents: Any,
+    softcap: float,
+    sink_logits: Tensor | None,
+    scale: float | None,
+    plan: Plan | None,
+    layout: str | Layout,
+    transport: str,
+    deterministic: bool,
+    mask: Mask | None,
+    impl: str,
+    world: int,
+    rank: int,
+) -> Arguments:
+    """The call's arguments, if they go together on this rank; see `ring_attention`.
+
+    Raises:
+        ValueError: an argument is wrong; names it, what was wanted and what came.
+        Unsupported: the named implementation, or every one, lacks something this call needs.
+    """
+    check_qkv(q, k, v)
+    if plan is not None:
+        _check_plan(plan, q, k, world, rank)
+    elif k.shape[1] != q.shape[1]:
+        raise ValueError(f"k: wanted q's {q.shape[1]} rows (cross attention takes a plan), got {k.shape[1]}")
+    mask = _mask_of(causal, window, documents, mask, plan)
+    if mask.batch not in (None, q.shape[0]):
+        raise ValueError(f"documents: wanted lengths for q's {q.shape[0]} batch rows, got them for {mask.batch}")
+    if plan is not None and layout != "zigzag" and resolve(layout, mask) != plan.layout:
+        raise ValueError(f"layout: wanted the plan's {plan.layout}, or none beside plan, got {layout!r}")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport: wanted one of {', '.join(map(repr, TRANSPORTS))}, got {transport!r}")
+    scale = q.shape[3] ** -0.5 if scale is None else _number("scale", scale)
+    softcap = _number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap}")
+    if sink_logits is not None:
+        _check_sinks(sink_logits, q)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    for backward in (False, True) if grad else (False,):
+        _serves(q.shape[2], k.shape[2], q.shape[3], q.dtype, q.device, softcap, impl, deterministic, backward)
+    return Arguments(
+        mask,
+        resolve(layout, mask) if plan is None else plan.layout,
+        plan,
+        scale,
+        softcap,
+        transport,
+        bool(deterministic),
+        impl,
+        grad,
+        sink_logits is not None,
+    )
+
+
+def _mask_of(causal: bool, window: Any, documents: Any, mask: Mask | None, plan: Plan | None) -> Mask:
+    """The mask, from the one place that says it."""
+    given = "mask" if mask is not None else "plan" if plan is not None else ""
+    if given:
+        if mask is not None and not isinstance(mask, Mask):
+            raise ValueError(f"mask: wanted a Mask, got {type(mask).__name__}")
+        for name, value, default in (
+            ("causal", causal, True),
+            ("window", window, None),
+            ("documents", documents, None),
+        ):
+            if value is not default:
+                raise ValueError(f"{name}: wanted none beside {given}, which says it already, got {value!r}")
+        if plan is not None and mask is not None and mask != plan.mask:
+            raise ValueError(f"mask: wanted the plan's {plan.mask}, or none beside plan, got {mask}")
+        return mask or plan.mask  # type: ignore[union-attr]  # one of them is given
+    if isinstance(window, Hashable) and isinstance(documents, tuple | None):
+        try:
+            return _kept_mask(causal, window, documents)
+        except TypeError:  # tuples of lists, which cannot be looked up
+            pass
+    return Mask(causal=causal, window=window, documents=documents)
+
+
+@lru_cache(maxsize=64)
+def _kept_mask(causal: bool, window: Any, documents: Any) -> Mask:
+    return Mask(causal=causal, window=window, documents=documents)
+
+
+def _check_plan(plan: Plan, q: Tensor, k: Tensor, world: int, rank: int) -> None:
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan: wanted a Plan, got {type(plan).__name__}")
+    if (plan.world, plan.rank) != (world, rank):
+        raise ValueError(f"plan: wanted one for rank {rank} of {world}, got one for rank {plan.rank} of {plan.world}")
+    for name, x, rows in (("q", q, plan.lengths[rank]), ("k", k, plan.kv_lengths[rank])):
+        if x.shape[1] != rows:
+            raise ValueError(f"{name}: wanted the plan's {rows} rows on rank {rank}, got {x.shape[1]}")
+    if plan.device != q.device:
+        raise ValueError(f"plan: wanted one on q's device {q.device}, got one on {plan.device}")
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    if not isinstance(sinks, Tensor) or sinks.shape != q.shape[2:3] or not sinks.is_floating_point():
+        got = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ValueError(f"sink_logits: wanted a number per query head, floating point [{q.shape[2]}], got {got}")
+    if sinks.device != q.device:
+        raise ValueError(f"sink_logits: wanted q's device {q.device}, got {sinks.device}")
+
+
+def _number(name: str, x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        raise ValueError(f"{name}: wanted a finite number, got {x!r}")
+    return float(x)
+
+
+@lru_cache(maxsize=256)
+def _serves(
+    Hq: int,
+    Hkv: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    softcap: float,
+    impl: str,
+    deterministic: bool,
+    backward: bool,
+) -> None:
+    """Raise now what the kernels' door would raise for such a call: in mid-ring, others would be left waiting."""
+    q = torch.empty(1, 0, Hq, D, dtype=dtype, device=device)
+    k = torch.empty(1, 0, Hkv, D, dtype=dtype, device=device)
+    state = attend(q, k, k, softcap=softcap, impl=impl)
+    if not backward:
+        attend(q, k, k, softcap=softcap, into=Partial.empty(q, state.out.dtype), out_dtype=dtype, impl=impl)
+        return
+    dq, dk, dv = (torch.empty(x.shape, dtype=state_dtype(dtype), device=device) for x in (q, k, k))
+    for accumulate in (False, True):
+        attend_backward(
+            q, q, k, k, state.lse, state.lse, dq=dq, dk=dk, dv=dv, accumulate=accumulate, softcap=softcap,
+            deterministic=deterministic, impl=impl,
+        )  # fmt: skip

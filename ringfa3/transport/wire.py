@@ -1,0 +1,146 @@
+"""The only module that sends tensors: point-to-point messages of one group, over gloo or NCCL, with failures named.
+
+On CUDA the messages run on a high-priority stream of their own, ordered against the compute stream by events alone:
+the host never waits. Every buffer belongs to the compute stream's allocator: a message starts after an event that
+says its buffers are ready (`mark`), `Flight.land` makes the compute stream wait for it, and `settle` does so for all
+of them before buffers go back; memory is therefore never reused under a transfer and needs no record_stream.
+For the transfer to start beside a long kernel, make the group with ProcessGroupNCCL.Options(is_high_priority_stream=
+True): NCCL's own stream takes its priority from there.
+
+Only sends and receives are used, no collectives: they are matched per pair of ranks, in the order of a thread of ours,
+whatever collectives the caller issues meanwhile on the same gloo group. A batch of NCCL completes when its messages'
+other ends are posted; callers keep matching messages in rounds of the same number, so no cycle of waits can arise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringfa3.errors import RankFailed
+
+TAG = 0x7269  # keeps our messages apart from those that a caller exchanges on the same gloo group
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """A contiguous tensor to send to, or to fill from, a rank of the group. kind tells messages of one pair apart."""
+
+    peer: int
+    tensor: Tensor
+    send: bool
+    kind: int = 0
+
+
+class Wire:
+    """Messages of one process group (None: a world of one, which sends nothing) between tensors on one device.
+
+    Made once per group and device, by all of its ranks together. All ranks post the same rounds, in the same order.
+    The group is held weakly, so that what is kept for it goes when it is destroyed.
+    """
+
+    def __init__(self, group: ref[dist.ProcessGroup] | None, device: torch.device, hosts: Sequence[str] = ()) -> None:
+        self._group, self.device, self._hosts = group, device, hosts
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda" and group is not None:
+            self._stream = torch.cuda.Stream(device, priority=-1)
+            # with all ranks present: NCCL must not make its communicator for a batch that some of them sit out
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group."""
+        group = None if self._group is None else self._group()
+        if group is None and self._group is not None:
+            raise RuntimeError("group: wanted a living process group, got one that was destroyed since the call began")
+        return group
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event after everything that the compute stream was given so far; None where work is not queued."""
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def post(self, messages: Sequence[Message], hop: int, after: torch.cuda.Event | None = None) -> Flight:
+        """Start the messages, once `after` has happened, and return without waiting.
+
+        Raises:
+            RankFailed: a peer is known to be gone.
+        """
+        if not messages:
+            return Flight(self, (), (), hop, None)
+        if self._stream is None:
+            return Flight(self, messages, [(m.peer, self._start(m, hop)) for m in messages], hop, None)
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            ops = [
+                dist.P2POp(
+                    dist.isend if m.send else dist.irecv,
+                    m.tensor,
+                    group=self.group,
+                    tag=TAG + m.kind,
+                    group_peer=m.peer,
+                )
+                for m in messages
+            ]
+            try:
+                for work in dist.batch_isend_irecv(ops):
+                    work.wait()  # queues a wait on our stream; the host goes on
+            except RuntimeError as error:
+                raise self.failed(messages[0].peer, hop, error) from error
+            return Flight(self, messages, (), hop, self._stream.record_event())
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        """Where tensors that only messages touch are made: on the messages' stream."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def settle(self) -> None:
+        """Make the compute stream wait for everything posted, so that buffers can be let go."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def failed(self, peer: int, hop: int, error: RuntimeError) -> RankFailed:
+        """The error to raise for a message to or from this rank of the group that was not delivered."""
+        host = self._hosts[peer] if self._hosts else ""
+        return RankFailed(peer, host, hop, f"no longer exchanges messages: {str(error).splitlines()[0]}")
+
+    def _start(self, m: Message, hop: int) -> dist.Work:
+        try:
+            if m.send:
+                work = dist.isend(m.tensor, group=self.group, tag=TAG + m.kind, group_dst=m.peer)
+            else:
+                work = dist.irecv(m.tensor, group=self.group, tag=TAG + m.kind, group_src=m.peer)
+        except RuntimeError as error:
+            raise self.failed(m.peer, hop, error) from error
+        assert work is not None  # only a rank outside of the group gets none
+        return work
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """Messages on their way."""
+
+    wire: Wire
+    messages: Sequence[Message]  # kept: their memory must not be reused before they have landed
+    works: Sequence[tuple[int, dist.Work]]
+    hop: int
+    arrived: torch.cuda.Event | None
+
+    def land(self) -> None:
+        """Wait until all are delivered: the host on CPU, the compute stream on CUDA. Once: gloo would wait for another.
+
+        Raises:
+            RankFailed: a peer died, or took longer than the process group's timeout.
+        """
+        if self.arrived is not None:
+            torch.cuda.current_stream(self.wire.device).wait_event(self.arrived)
+        for peer, work in self.works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self.wire.failed(peer, self.hop, error) from error
