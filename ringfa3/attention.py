@@ -8,6 +8,7 @@ same way; gradients of keys and values travel home with the transport.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringfa3 import arguments
+from ringfa3 import arguments, profiling
 from ringfa3.agree import Agreement
 from ringfa3.arguments import Arguments
 from ringfa3.gang import Gang
@@ -23,16 +24,14 @@ from ringfa3.handle import Handle
 from ringfa3.lane import Lane, Tensors
 from ringfa3.layout import Layout
 from ringfa3.mask import Mask
-from ringfa3.plan import Plan
+from ringfa3.plan import Hop, Plan
 from ringfa3.plan import plan as plan_for
 from ringfa3.shards import Group, members
 from ringfa3.transport import Gather, Ring, Transport, Wire
 from ringfa3_kernels import Partial, attend, attend_backward, row_delta
 from ringfa3_kernels.door import state_dtype
 
-GATHER_BYTES = (
-    64 << 10
-)  # of a rank's K and V: below, one exchange costs less than a round a rank (see docs/decisions.md)
+GATHER_BYTES = 64 << 10  # of a rank's K and V: below, one exchange beats a round a rank (docs/decisions.md)
 
 
 def ring_attention(
@@ -115,7 +114,8 @@ def ring_attention(
         assert error is not None
         raise error
     plan = plan or _plan(asked, q, lengths or (q.shape[1],) * world, process_group)
-    task = _Task(plan, _transport(asked, plan, k, gang.wire(q.device, hosts)), gang.lane(q.device), asked)
+    transfer = _transport(asked, plan, k, gang.wire(q.device, hosts))
+    task = _Task(plan, transfer, gang.lane(q.device), asked, profiling.asked())
     if not async_op:
         return _finish(task, q, k, v, None, sink_logits, return_lse)
     inputs = tuple(x.detach() for x in (q, k, v))  # shares the version counters
@@ -131,6 +131,7 @@ class _Task:
     transport: Transport
     lane: Lane
     asked: Arguments
+    named: bool  # hops get NVTX ranges; kept, because autograd's thread does not know the caller's context
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         """out in q's dtype and lse, over all hops."""
@@ -138,10 +139,11 @@ class _Task:
         left = len(self.plan.hops)
         for hop, (k_hop, v_hop) in self.transport.rotate((k, v), self.plan):
             left -= 1
-            state = attend(
-                q, k_hop, v_hop, hop.visible, scale=asked.scale, softcap=asked.softcap, into=state,
-                out_dtype=None if left else q.dtype, impl=asked.impl,
-            )  # fmt: skip
+            with self._range("forward", hop):
+                state = attend(
+                    q, k_hop, v_hop, hop.visible, scale=asked.scale, softcap=asked.softcap, into=state,
+                    out_dtype=None if left else q.dtype, impl=asked.impl,
+                )  # fmt: skip
         state = Partial.empty(q, q.dtype) if state is None else state
         return state.out, state.lse
 
@@ -156,14 +158,22 @@ class _Task:
         first = True
         rotation = self.transport.rotate_backward((k, v), self.plan)
         for hop, (k_hop, v_hop), (dk, dv) in rotation:
-            attend_backward(
-                dout, q, k_hop, v_hop, lse, delta, hop.visible, dq=dq, dk=dk, dv=dv, accumulate=not first,
-                scale=asked.scale, softcap=asked.softcap, deterministic=asked.deterministic, impl=asked.impl,
-            )  # fmt: skip
+            with self._range("backward", hop):
+                attend_backward(
+                    dout, q, k_hop, v_hop, lse, delta, hop.visible, dq=dq, dk=dk, dv=dv, accumulate=not first,
+                    scale=asked.scale, softcap=asked.softcap, deterministic=asked.deterministic, impl=asked.impl,
+                )  # fmt: skip
             first = False
         if first:
             dq.zero_()
         return tuple(x.to(q.dtype) for x in (dq, *rotation.home()))
+
+    def _range(self, direction: str, hop: Hop) -> AbstractContextManager[None]:
+        """A hop's range in a profile, where one was asked for."""
+        if not self.named:
+            return nullcontext()
+        number, hops = self.plan.hops.index(hop) + 1, len(self.plan.hops)
+        return profiling.span(f"ringfa3 {direction} hop {number} of {hops}, keys of rank {hop.source}")
 
 
 class _RingAttention(torch.autograd.Function):

@@ -170,8 +170,13 @@ def plot(path: Path, rows: Iterable[rounds.Row]) -> None:
             axis.plot(
                 *zip(*sorted(points.items()), strict=True), marker="o", label=name, lw=2.5 if name == "ours" else 1.2
             )
-        axis.set(title=title, xlabel="sequence length, K tokens", ylabel="TFLOP/s", xscale="log", ylim=(0, None))
-        axis.legend()
+        lengths = sorted({length for points in lines.values() for length in points})
+        axis.set(title=title, xlabel="sequence length, tokens", ylabel="TFLOP/s", ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length}K" for length in lengths])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
 

@@ -1,4 +1,4 @@
-"""Exact attention over one shard of keys, on one GPU: output and log-sum-exp, ready to be continued with the next shard."""
+"""Exact attention over one shard of keys, on one GPU: output and log-sum-exp, for the next shard to continue."""
 
 from ringfa3_kernels.door import attend, attend_backward, row_delta
 from ringfa3_kernels.types import Partial, Unsupported, Visible, merge

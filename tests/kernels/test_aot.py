@@ -55,42 +55,46 @@ def hold(case: Case, build: Build, *, softcap: bool = False, by_tma: bool = True
     return [f"{case}{' softcap' if softcap else ''}: {what}" for what in broken]
 
 
-def check(cases: list[Case], **flags: object) -> None:
-    jobs = [dict(zip(("kernel", "head_dim", "dtype", "family"), case, strict=True)) | flags for case in cases]
-    builds = build_all("ringfa3_kernels.portable.builds", jobs)
-    print(*(f"{c} {flags} {b}" for c, b in zip(cases, builds, strict=True)), sep="\n")
-    how = {"softcap": bool(flags.get("softcap")), "by_tma": flags.get("tma") is not False}
-    broken = [what for case, build in zip(cases, builds, strict=True) for what in hold(case, build, **how)]
+# (case, flags): everything that is compiled, in one go: a process for each test would cost more than its kernels
+JOBS: dict[str, list[tuple[Case, dict[str, bool]]]] = {
+    f"{dtype}-{family}-{D}": [((kernel, D, dtype, family), {}) for kernel in KERNELS]
+    for dtype, family, D in [*COMMON, *REST]
+}
+for _family in ("sm90", "sm80"):
+    _cases: list[Case] = [(kernel, 128, "bfloat16", _family) for kernel in KERNELS]
+    JOBS[f"{_family} with a softcap"] = [(case, {"softcap": True}) for case in _cases]
+    JOBS[f"{_family}, nothing to continue"] = [(case, {"continues": False, "wide_out": False}) for case in _cases]
+JOBS["padded head_dims, fp16"] = [
+    (("forward", 96, "float16", "sm90"), {}),
+    (("keys", 96, "float16", "sm90"), {}),
+    (("queries", 72, "float16", "sm90"), {}),
+]
+# strides that TMA cannot read: wgmma all the same
+JOBS["sm90 without TMA"] = [((kernel, 64, "bfloat16", "sm90"), {"tma": False}) for kernel in KERNELS]
+
+
+@pytest.fixture(scope="module")
+def builds() -> dict[str, list[Build]]:
+    """What became of JOBS."""
+    jobs = [(name, case, flags) for name, each in JOBS.items() for case, flags in each]
+    fields = ("kernel", "head_dim", "dtype", "family")
+    made = build_all(
+        "ringfa3_kernels.portable.builds", [dict(zip(fields, case, strict=True)) | flags for _, case, flags in jobs]
+    )
+    found: dict[str, list[Build]] = {}
+    for (name, _, _), build in zip(jobs, made, strict=True):
+        found.setdefault(name, []).append(build)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_kernels_compile_as_the_table_says(builds: dict[str, list[Build]], name: str) -> None:
+    broken = []
+    for (case, flags), build in zip(JOBS[name], builds[name], strict=True):
+        print(case, flags, build)
+        broken += hold(case, build, softcap="softcap" in flags, by_tma=flags.get("tma", True))
     assert not broken, "\n".join(broken)
-
-
-@pytest.mark.parametrize(("dtype", "family", "head_dim"), COMMON)
-def test_kernels_compile_as_the_table_says(dtype: str, family: str, head_dim: int) -> None:
-    check([(kernel, head_dim, dtype, family) for kernel in KERNELS])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "family", "head_dim"), REST)
-def test_rarer_kernels_compile_as_the_table_says(dtype: str, family: str, head_dim: int) -> None:
-    check([(kernel, head_dim, dtype, family) for kernel in KERNELS])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["sm90", "sm80"])
-def test_flags_compile_as_the_table_says(family: str) -> None:
-    cases = [(kernel, 128, "bfloat16", family) for kernel in KERNELS]
-    check(cases, softcap=True)
-    check(cases, continues=False, wide_out=False)
-
-
-@pytest.mark.slow
-def test_padded_head_dims_and_fp16_compile() -> None:
-    check([("forward", 96, "float16", "sm90"), ("keys", 96, "float16", "sm90"), ("queries", 72, "float16", "sm90")])
-
-
-@pytest.mark.slow
-def test_strides_that_tma_cannot_read_still_use_wgmma() -> None:
-    check([(kernel, 64, "bfloat16", "sm90") for kernel in KERNELS], tma=False)
 
 
 def test_the_check_notices_spills() -> None:

@@ -46,7 +46,7 @@ EMPTY = Partial.empty(Q)
         ({"into": EMPTY.out}, "into: wanted a Partial, got Tensor"),
         ({"into": Partial(EMPTY.out.half(), EMPTY.lse)}, "into.out: wanted torch.float32 .*, got torch.float16"),
         ({"into": Partial(EMPTY.out, EMPTY.lse.mT)}, r"into.lse: wanted .* \[2, 4, 5\] .*, got .* \[2, 5, 4\]"),
-        ({"impl": "magic"}, "impl: wanted 'auto' or one of 'portable', 'aten', 'reference', got 'magic'"),
+        ({"impl": "magic"}, "impl: wanted 'auto' or one of .*'aten', 'reference', got 'magic'"),
     ],
     ids=str,
 )
@@ -103,16 +103,16 @@ def test_gradients_that_add_up_are_wide_and_of_one_dtype() -> None:
     attend_backward(**(x | narrow), accumulate=False)
 
 
-@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ["auto", "aten", "reference"])
 @pytest.mark.parametrize("shape", [(0, 5, 4, 16), (2, 0, 4, 16), (2, 5, 0, 16)], ids=str)
 def test_nothing_is_asked_and_nothing_happens(shape: tuple[int, ...], impl: str) -> None:
     q, k = torch.ones(shape), torch.ones(shape[0], 7, 2, 16)
-    partial = attend(q, k, k, impl="reference" if impl == "portable" else impl)
+    partial = attend(q, k, k, impl=impl)
     assert partial.out.shape == shape
     grads = [torch.full_like(x, torch.nan) for x in (q, k, k)]
     delta = row_delta(q, partial.out)
     dq, dk, dv = grads
-    attend_backward(q, q, k, k, partial.lse, delta, dq=dq, dk=dk, dv=dv, accumulate=False)
+    attend_backward(q, q, k, k, partial.lse, delta, dq=dq, dk=dk, dv=dv, accumulate=False, impl=impl)
     assert not any(g.any() for g in grads)
 
 

@@ -6,11 +6,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ringfa3_kernels import Partial, Visible, merge
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 @st.composite
@@ -51,6 +55,7 @@ def test_key_tiles_are_the_hull_and_the_plain_part_of_what_a_tile_of_rows_sees(
 
 
 @given(sights(), st.integers(1, 9), st.integers(1, 9))
+@example((Visible(ints(0), ints(1)), 2), 2, 1)  # nobody sees the second key, and the only block of rows is a short one
 def test_query_tiles_hold_all_rows_that_see_a_tile_of_keys(
     sight: tuple[Visible, int], block_m: int, block_n: int
 ) -> None:
@@ -96,10 +101,6 @@ def test_full_and_causal_are_what_their_masks_say(Sq: int, Sk: int) -> None:
     assert torch.equal(Visible.causal(Sq, Sk).mask(Sk), wanted)
     Visible.full(Sq, Sk).check(Sk)
     Visible.causal(Sq, Sk).check(Sk)
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,11 @@ def partials(draw: st.DrawFn, count: int) -> list[Partial]:
 
 
 def assert_same(a: Partial, b: Partial) -> None:
+    """Equal but for roundings: an lse is off by its own, and a weight by as much as its exponent, the lse, is."""
+    largest = float(a.lse.nan_to_num(0.0, neginf=0.0).abs().max())
+    tolerance = 8 * torch.finfo(torch.float32).eps * (10 + 4 * largest)
     for x, y in zip((a.out, a.lse), (b.out, b.lse), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
 
 
 @given(partials(2))

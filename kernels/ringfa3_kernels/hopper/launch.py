@@ -168,11 +168,11 @@ def _config(
     if mask == CAUSAL and Sq > Sk:
         mask = INTERVALS  # some rows see nothing, whole tiles of them too
     width = configs.padded_head_dim(D)
-    base = tile or configs.TABLE[width, mask]
+    base = tile or configs.pick(width, mask, Sk)
     pack = configs.packed_heads(group, Sq, base.BM)
     if pack > 1 and mask == CAUSAL:
         mask = INTERVALS
-        base = tile or configs.TABLE[width, mask]
+        base = tile or configs.pick(width, mask, Sk)
     return configs.variant(
         base,
         into=into,

@@ -77,7 +77,7 @@ TABLE: dict[tuple[str, int, str], TileConfig] = {
     ("forward", 32, "sm90"): _sm90(128, 64, 4, 3),
     ("forward", 64, "sm90"): _sm90(64, 128, 4, 3),
     ("forward", 128, "sm90"): _sm90(64, 64, 4, 3),
-    ("forward", 256, "sm90"): TileConfig(128, 64, 8, 2, spills=56),
+    ("forward", 256, "sm90"): _sm90(128, 64, 8, 2, spills=44),
     ("keys", 16, "sm90"): _sm90(64, 64, 4, 3),
     ("keys", 32, "sm90"): _sm90(64, 128, 8, 3),
     ("keys", 64, "sm90"): _sm90(64, 64, 4, 3),
