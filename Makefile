@@ -5,6 +5,8 @@ PIP_OPTIONS ?=
 PY ?= .venv/bin/python
 # The newest Triton that users get, beside the oldest one, which the environment holds.
 TRITON_NEXT ?= 3.9.0
+# Nothing is installed where another Python is named: make test-gpu PY=python3
+ENV := $(if $(filter .venv/%,$(PY)),.venv/installed)
 
 .PHONY: help install demo check test test-gpu bench clean
 help: ## list these targets
@@ -34,14 +36,13 @@ check: .venv/installed ## lint, types, import contracts
 	$(PY) -m mypy
 	$(dir $(PY))lint-imports
 
-test: .venv/installed .triton-next/installed ## the whole suite, then the compile checks again under the newest Triton
-	$(PY) -m pytest
-	PYTHONPATH=.triton-next $(PY) -m pytest -q tests/kernels/test_aot.py
+test: .venv/installed .triton-next/installed ## the whole suite, on two cores
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
-test-gpu: ## the gpu tests, on this machine's GPUs; writes docs/results/gpu_receipt.json
+test-gpu: $(ENV) ## the gpu tests, on this machine's GPUs; writes docs/results/gpu_receipt.json
 	$(PY) -m pytest tests/gpu -q -p no:benchmark -n 8 --dist loadgroup --receipt docs/results/gpu_receipt.json
 
-bench: ## attention benchmark: table, JSON and plot under docs/results
+bench: $(ENV) ## attention benchmark: table, JSON and plot under docs/results
 	$(PY) -m ringfa3_launch bench attention --out docs/results
 
 clean: ## remove the environments

@@ -23,7 +23,8 @@ from ringfa3.errors import RankFailed
 Signature = tuple[tuple[str, Hashable], ...]  # (name, value) of everything that must be equal
 
 ROWS = 44  # bits of a note's second number for rows; the state is above them
-FINE, WRONG, GAVE_UP = range(3)  # states: a usable call, an error in its arguments, this rank waits no longer
+FINE, WRONG, GAVE_UP, BROKEN = range(4)  # states: a usable call, an error in its arguments, and see OVER
+OVER = {GAVE_UP: "gave up waiting; this rank came too late", BROKEN: "a call of it ended in the middle"}
 SPINS = 50  # polls before giving the processor away; about 25 us, what ranks in step differ by
 WATCH = 0.05  # seconds between looks at whether the missing ranks live
 CLIP = 160  # characters of a value in a message
@@ -82,12 +83,18 @@ class Agreement:
         if all(first == fingerprint and second >> ROWS == FINE for first, second in notes):
             return tuple(second for _, second in notes)
         for rank, (_, second) in enumerate(notes):
-            if second >> ROWS == GAVE_UP:
-                self._fail(rank, f"gave up after waiting for {self.timeout:g} s; this rank came too late", own)
+            if second >> ROWS in OVER:
+                self._fail(rank, OVER[second >> ROWS], own)
         texts = self._texts(signature, error, own)
         if error is not None:
             raise error
         raise ValueError(_difference(texts))
+
+    def abandon(self) -> None:
+        """A call ended in the middle here, with messages under way: the next call of every rank raises RankFailed."""
+        if self._broken is None:
+            self._broken = RankFailed(self.rank, self.hosts[self.rank], None, OVER[BROKEN])
+            self._board.post(self._call + 1, (0, BROKEN << ROWS))
 
     def _texts(self, signature: Signature, error: Exception | None, own: tuple[int, int]) -> list[dict[str, str]]:
         """What every rank has to say for itself: its error, or its signature."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,14 +62,14 @@ def check(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool,
+    causal: bool | None,
     window: tuple[int, int] | None,
     documents: Any,
     softcap: float,
     sink_logits: Tensor | None,
     scale: float | None,
     plan: Plan | None,
-    layout: str | Layout,
+    layout: str | Layout | None,
     transport: str,
     deterministic: bool,
     mask: Mask | None,
@@ -92,7 +91,7 @@ def check(
     mask = _mask_of(causal, window, documents, mask, plan)
     if mask.batch not in (None, q.shape[0]):
         raise ValueError(f"documents: wanted lengths for q's {q.shape[0]} batch rows, got them for {mask.batch}")
-    if plan is not None and layout != "zigzag" and resolve(layout, mask) != plan.layout:
+    if plan is not None and layout is not None and resolve(layout, mask) != plan.layout:
         raise ValueError(f"layout: wanted the plan's {plan.layout}, or none beside plan, got {layout!r}")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport: wanted one of {', '.join(map(repr, TRANSPORTS))}, got {transport!r}")
@@ -107,7 +106,7 @@ def check(
         _serves(q.shape[2], k.shape[2], q.shape[3], q.dtype, q.device, softcap, impl, deterministic, backward)
     return Arguments(
         mask,
-        resolve(layout, mask) if plan is None else plan.layout,
+        resolve(layout or "zigzag", mask) if plan is None else plan.layout,
         plan,
         scale,
         softcap,
@@ -119,23 +118,23 @@ def check(
     )
 
 
-def _mask_of(causal: bool, window: Any, documents: Any, mask: Mask | None, plan: Plan | None) -> Mask:
+def _mask_of(causal: bool | None, window: Any, documents: Any, mask: Mask | None, plan: Plan | None) -> Mask:
     """The mask, from the one place that says it."""
     given = "mask" if mask is not None else "plan" if plan is not None else ""
     if given:
         if mask is not None and not isinstance(mask, Mask):
             raise ValueError(f"mask: wanted a Mask, got {type(mask).__name__}")
-        for name, value, default in (
-            ("causal", causal, True),
-            ("window", window, None),
-            ("documents", documents, None),
-        ):
-            if value is not default:
+        for name, value in (("causal", causal), ("window", window), ("documents", documents)):
+            if value is not None:
                 raise ValueError(f"{name}: wanted none beside {given}, which says it already, got {value!r}")
         if plan is not None and mask is not None and mask != plan.mask:
             raise ValueError(f"mask: wanted the plan's {plan.mask}, or none beside plan, got {mask}")
         return mask or plan.mask  # type: ignore[union-attr]  # one of them is given
-    if isinstance(window, Hashable) and isinstance(documents, tuple | None):
+    causal = True if causal is None else causal
+    plain = isinstance(window, tuple) and {type(side) for side in window} == {
+        int
+    }  # 3.0 would be found where 3 was kept
+    if (window is None or plain) and isinstance(documents, tuple | None):
         try:
             return _kept_mask(causal, window, documents)
         except TypeError:  # tuples of lists, which cannot be looked up
@@ -143,7 +142,7 @@ def _mask_of(causal: bool, window: Any, documents: Any, mask: Mask | None, plan:
     return Mask(causal=causal, window=window, documents=documents)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)
 def _kept_mask(causal: bool, window: Any, documents: Any) -> Mask:
     return Mask(causal=causal, window=window, documents=documents)
 

@@ -7,8 +7,9 @@ same way; gradients of keys and values travel home with the transport.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ def ring_attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
+    causal: bool | None = None,
     window: tuple[int, int] | None = None,
     documents: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     softcap: float = 0.0,
@@ -47,7 +48,7 @@ def ring_attention(
     scale: float | None = None,
     plan: Plan | None = None,
     group: Group = None,
-    layout: str | Layout = "zigzag",
+    layout: str | Layout | None = None,
     transport: str = "auto",
     deterministic: bool = False,
     return_lse: bool = False,
@@ -62,19 +63,20 @@ def ring_attention(
         q: [B, n, Hq, D] bf16, fp16 or fp32: this rank's rows of the sequence, as the layout deals them (`shard`). n may
             differ between ranks and may be 0.
         k, v: [B, n, Hkv, D], q's dtype and device; Hq a multiple of Hkv. Another n with a plan for cross attention.
-        causal, window, documents: who sees what, by global position; see `Mask`. Or `mask`, a Mask that says it all.
+        causal, window, documents: who sees what, by global position; see `Mask`; causal by default. Or `mask`, a Mask
+            that says it all.
         softcap: where not 0, scores become softcap * tanh(score / softcap).
         sink_logits: [Hq], learnable: every row's softmax has one more score, whose value is 0. A replicated parameter:
             its gradient here is this rank's rows' share, to be summed over the ranks like any other parameter's.
         scale: factor on q.k; None: D ** -0.5.
         plan: what `plan` made for this mask, layout and length; it says these itself, so leave them alone.
         group: a ProcessGroup or a 1-D DeviceMesh; None: the plan's, or all ranks (one, without torch.distributed).
-        layout: how the sequence was dealt: "contiguous", "zigzag", "striped", "balanced" or a Layout.
+        layout: how the sequence was dealt: "zigzag" (default), "contiguous", "striped", "balanced" or a Layout.
         transport: "ring", "gather", or "auto": gather where a rank's keys and values are below 64 KiB, else ring.
         deterministic: gradients bitwise equal from run to run, at some cost.
         return_lse: also return the log-sum-exp of every row; differentiable. It includes the sink.
         async_op: return a `Handle` at once; its wait() gives the result. Calls of one group run in the order in which
-            they were made, on every rank the same.
+            they were made, on every rank the same; so do their backward passes (ValueError where ranks differ).
         impl: implementation of the kernels; see `ringfa3_kernels.attend`.
         agree: compare the call between the ranks first. An Agreement, for another timeout than 300 s. False: not at
             all; then shards that the layout does not deal evenly need a plan, and ranks that differ hang or crash.
@@ -106,6 +108,7 @@ def ring_attention(
         error = wrong
     lengths: tuple[int, ...] | None = None
     hosts: tuple[str, ...] = ()
+    agreement: Agreement | None = None
     if world > 1 and agree is not False:
         agreement = gang.agreement() if agree is True else agree
         hosts = agreement.hosts
@@ -115,12 +118,17 @@ def ring_attention(
         raise error
     plan = plan or _plan(asked, q, lengths or (q.shape[1],) * world, process_group)
     transfer = _transport(asked, plan, k, gang.wire(q.device, hosts))
-    task = _Task(plan, transfer, gang.lane(q.device), asked, profiling.asked())
+    task = _Task(plan, transfer, gang.lane(q.device), asked, agreement, gang.number(), profiling.asked())
     if not async_op:
         return _finish(task, q, k, v, None, sink_logits, return_lse)
     inputs = tuple(x.detach() for x in (q, k, v))  # shares the version counters
     started = task.lane.start(lambda: task.forward(*inputs), inputs)
-    return Handle(started, (q, k, v), lambda result: _finish(task, q, k, v, result, sink_logits, return_lse))
+    before = task.lane.latest() if task.lane.latest else None
+    handle: Handle[Any] = Handle(
+        started, (q, k, v), lambda result: _finish(task, q, k, v, result, sink_logits, return_lse), before
+    )
+    task.lane.latest = weakref.ref(handle)
+    return handle
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +139,34 @@ class _Task:
     transport: Transport
     lane: Lane
     asked: Arguments
+    agreement: Agreement | None
+    number: int  # of the call, among the group's: backward passes of different calls must not meet
     named: bool  # hops get NVTX ranges; kept, because autograd's thread does not know the caller's context
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         """out in q's dtype and lse, over all hops."""
+        with self._whole():
+            return self._forward(q, k, v)
+
+    def backward(self, *saved: Tensor, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
+        """dq, dk, dv in q's dtype, for what autograd saved: q, k, v, out, lse."""
+        if self.agreement is not None:
+            self.agreement.agree((("call whose backward pass this is", self.number),), 0)
+        q, k, v, out, lse = saved
+        with self._whole():
+            return self._backward(q, k, v, out, lse, dout, dlse)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """An error in here leaves messages under way: tell the other ranks."""
+        try:
+            yield
+        except BaseException:
+            if self.agreement is not None:
+                self.agreement.abandon()
+            raise
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         asked, state = self.asked, None
         left = len(self.plan.hops)
         for hop, (k_hop, v_hop) in self.transport.rotate((k, v), self.plan):
@@ -147,10 +179,10 @@ class _Task:
         state = Partial.empty(q, q.dtype) if state is None else state
         return state.out, state.lse
 
-    def backward(
+    def _backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
     ) -> Tensors:
-        """dq, dk, dv in q's dtype; in between they are fp32, unless nothing has to be added to them."""
+        """The gradients are fp32 from hop to hop, unless nothing has to be added to them."""
         asked = self.asked
         dout = torch.zeros_like(out) if dout is None else dout
         delta = row_delta(dout, out, dlse)
@@ -191,7 +223,7 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         task, saved = ctx.task, ctx.saved_tensors
-        dq, dk, dv = task.lane.run(lambda: task.backward(*saved, dout, dlse))
+        dq, dk, dv = task.lane.run(lambda: task.backward(*saved, dout=dout, dlse=dlse))
         return dq, dk, dv, None, None
 
 

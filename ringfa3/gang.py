@@ -18,6 +18,7 @@ class Gang:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = None if group is None else ref(group)  # weak: the group is the key under which this is kept
         self._agreement: Agreement | None = None
+        self._calls = 0
         self._wires: dict[torch.device, Wire] = {}
         self._lanes: dict[torch.device, Lane] = {}
 
@@ -44,6 +45,11 @@ class Gang:
             assert group is not None  # a lone process has nobody to agree with
             self._agreement = Agreement(group)
         return self._agreement
+
+    def number(self) -> int:
+        """Of the next call: the same on every rank, as long as all make the same calls."""
+        self._calls += 1
+        return self._calls
 
     def wire(self, device: torch.device, hosts: tuple[str, ...] = ()) -> Wire:
         """The group's messages between tensors on this device. On CUDA the first call waits for all ranks."""

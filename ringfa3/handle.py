@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from ringfa3.lane import Started, Tensors
@@ -19,11 +20,19 @@ class Handle(Generic[T]):
     is raised by `wait`. Where gradients are wanted, `wait` is the operation that autograd sees.
     """
 
-    def __init__(self, started: Started, inputs: Sequence[Tensor], finish: Callable[[Tensors], T]) -> None:
-        self._started, self._inputs = started, inputs
-        self._versions = [x._version for x in inputs]
+    def __init__(
+        self,
+        started: Started,
+        inputs: Sequence[Tensor],
+        finish: Callable[[Tensors], T],
+        before: Handle[Any] | None = None,
+    ) -> None:
+        self._started, self._inputs, self._before = started, inputs, before
+        self._versions = [_version(x) for x in inputs]
         self._finish: Callable[[Tensors], T] | None = finish
+        self._grad = torch.is_grad_enabled()
         self._result: T | None = None
+        self._error: Exception | None = None
 
     def done(self) -> bool:
         """Whether `wait` would return without waiting. Does not say whether the call went well."""
@@ -32,17 +41,39 @@ class Handle(Generic[T]):
     def wait(self) -> T:
         """The call's result; the same one whenever asked. On CUDA the current stream waits, not the host.
 
+        Handles may be waited for in any order: calls made before this one are finished first, so that autograd meets
+        the calls of a group in the same order on every rank.
+
         Raises:
             RankFailed: another rank died or stopped.
             RuntimeError: q, k or v was written to meanwhile: the result may have been computed from either.
         """
-        if self._finish is not None:
+        self._complete()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # finish has set it
+
+    def _complete(self) -> None:
+        """Finish the calls made before, then this one; an error is kept for its own `wait`."""
+        if self._finish is None:
+            return
+        finish, self._finish = self._finish, None
+        if self._before is not None:
+            self._before._complete()
+            self._before = None
+        try:
             result = self._started.result()
             for name, x, version in zip("qkv", self._inputs, self._versions, strict=True):
-                if x._version != version:
-                    raise RuntimeError(
-                        f"{name}: wanted it untouched until wait(), got {x._version - version} writes to it"
-                    )
-            self._result = self._finish(result)
-            self._finish, self._inputs = None, ()
-        return self._result  # type: ignore[return-value]  # finish has set it
+                if _version(x) != version:
+                    writes = _version(x) - version
+                    raise RuntimeError(f"{name}: wanted it untouched until wait(), got {writes} writes to it")
+            with torch.set_grad_enabled(self._grad):
+                self._result = finish(result)
+        except Exception as error:
+            self._error = error
+        self._inputs = ()
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; 0 for inference tensors, which do not count."""
+    return 0 if x.is_inference() else x._version

@@ -7,9 +7,12 @@ every rank posts the same messages in the same order.
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +44,7 @@ class Lane:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._last: Started | None = None
+        self.latest: weakref.ref[Any] | None = None  # the last call's Handle
 
     def start(self, work: Work, inputs: Sequence[Tensor]) -> Started:
         """Begin work(), which reads the inputs, once what was started before has ended."""
@@ -67,6 +71,7 @@ class _Threaded:
         self._result: Tensors = ()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)  # a peer that never comes must not stop an exit
+        _threads.add(self._thread)
         self._thread.start()
 
     def done(self) -> bool:
@@ -122,3 +127,14 @@ class _Queued:
         for x in self._result:
             x.record_stream(torch.cuda.current_stream(self._device))
         return self._result
+
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _drain(seconds: float = 10.0) -> None:
+    """Let calls that nobody waited for end: gloo aborts a process that exits under them."""
+    deadline = time.monotonic() + seconds
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))

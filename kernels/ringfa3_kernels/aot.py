@@ -113,16 +113,19 @@ def _disassemble(cubin: bytes, folder: Path) -> str:
     return subprocess.run([knobs.nvidia.nvdisasm.path, "-c", path], capture_output=True, text=True, check=True).stdout
 
 
-def build_all(module: str, jobs: Sequence[Mapping[str, Any]], *, workers: int = 2) -> list[Build]:
+def build_all(
+    module: str, jobs: Sequence[Mapping[str, Any]], *, workers: int = 2, packages: Path | None = None
+) -> list[Build]:
     """The Builds of MODULE.compile(**job) for every job, in order, made by `workers` processes.
 
-    The processes find packages where this one does, so another Triton put first on PYTHONPATH is the one that compiles.
+    Args:
+        packages: a folder of packages that come before the installed ones: another Triton.
 
     Raises:
         RuntimeError: a compilation failed; carries what the process said.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # interpreted kernels do not compile
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    environment["PYTHONPATH"] = os.pathsep.join([*([str(packages)] if packages else []), *filter(None, sys.path)])
     shares = [list(range(i, len(jobs), workers)) for i in range(min(workers, len(jobs)))]
 
     def serve(share: list[int]) -> list[str]:

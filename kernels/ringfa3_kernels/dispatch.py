@@ -52,7 +52,8 @@ def choose(call: Call, impl: str = "auto") -> ModuleType:
             assert isinstance(module, ModuleType)
             return module
         reasons.append(f"{name}: {reason}")
-    raise Unsupported(f"no implementation serves this {call.direction} call ({'; '.join(reasons)})")
+    who = "no implementation serves" if impl == "auto" else f"{impl!r} was named and does not serve"
+    raise Unsupported(f"{who} this {call.direction} call ({'; '.join(reasons)})")
 
 
 @cache

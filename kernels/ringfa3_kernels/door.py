@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def attend(
     chosen = dispatch.choose(_call("forward", q, k, v, visible, softcap, out_dtype, into=into is not None), impl)
     if Sk == 0 or q.numel() == 0:
         return Partial.empty(q, out_dtype) if into is None else Partial(into.out.to(out_dtype), into.lse)
-    result: Partial = chosen.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
+    with _own_precision(q):
+        result: Partial = chosen.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
     return result
 
 
@@ -129,22 +131,23 @@ def attend_backward(
             for grad in (dq, dk, dv):
                 grad.zero_()
         return
-    chosen.attend_backward(
-        dout,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        visible,
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        accumulate=accumulate,
-        scale=scale,
-        softcap=softcap,
-        deterministic=deterministic,
-    )
+    with _own_precision(q):
+        chosen.attend_backward(
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            visible,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            accumulate=accumulate,
+            scale=scale,
+            softcap=softcap,
+            deterministic=deterministic,
+        )
 
 
 def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
@@ -158,8 +161,15 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
         fp32 [B, H, S] (fp64 for fp64 inputs), contiguous.
     """
     wide = state_dtype(out.dtype)
-    delta: Tensor = torch.linalg.vecdot(dout.to(wide), out.to(wide)).transpose(1, 2).contiguous()
+    with _own_precision(out):
+        delta: Tensor = torch.linalg.vecdot(dout.to(wide), out.to(wide)).transpose(1, 2).contiguous()
     return delta if dlse is None else delta - dlse
+
+
+def _own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast must not reach the maths inside: precision is decided by the inputs' dtype and the fp32 state."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -209,6 +219,9 @@ def _checked(visible: Visible | None, q: Tensor, Sk: int) -> Visible:
 
 
 def _scalars(scale: float | None, softcap: float, D: int) -> tuple[float, float]:
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if not isinstance(x, int | float) and not (x is None and name == "scale"):
+            raise ValueError(f"{name}: wanted a number, got {x!r}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap}")
     if scale is not None and not math.isfinite(scale):

@@ -48,6 +48,8 @@ class Wire:
     def __init__(self, group: ref[dist.ProcessGroup] | None, device: torch.device, hosts: Sequence[str] = ()) -> None:
         self._group, self.device, self._hosts = group, device, hosts
         self._stream: torch.cuda.Stream | None = None
+        # not landed: should a call end in the middle, gloo still owns these buffers
+        self.flying: set[Flight] = set()
         if device.type == "cuda" and group is not None:
             self._stream = torch.cuda.Stream(device, priority=-1)
             # with all ranks present: NCCL must not make its communicator for a batch that some of them sit out
@@ -74,7 +76,9 @@ class Wire:
         if not messages:
             return Flight(self, (), (), hop, None)
         if self._stream is None:
-            return Flight(self, messages, [(m.peer, self._start(m, hop)) for m in messages], hop, None)
+            flight = Flight(self, messages, [(m.peer, self._start(m, hop)) for m in messages], hop, None)
+            self.flying.add(flight)
+            return flight
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
@@ -144,3 +148,4 @@ class Flight:
                 work.wait()
             except RuntimeError as error:
                 raise self.wire.failed(peer, self.hop, error) from error
+        self.wire.flying.discard(self)

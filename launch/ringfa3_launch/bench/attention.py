@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--layout", choices=("zigzag", "contiguous", "striped", "balanced"), default="zigzag")
     how.add_argument("--transport", default="auto", help="auto (default), ring, gather")
-    how.add_argument("--impl", default="auto", help="kernels: auto (default), portable, aten, reference")
+    how.add_argument("--impl", default="auto", help="kernels: auto (default), hopper, portable, aten, reference")
     how.add_argument("--peers", metavar="LIST", help=f"of {','.join(PEERS)} (default: all; 'none' for none)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     how.add_argument("--seconds", type=float, default=4.0, help="spent on a case's rounds, at least two (default 4)")
