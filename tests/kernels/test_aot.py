@@ -74,13 +74,17 @@ JOBS["padded head_dims, fp16"] = [
 JOBS["sm90 without TMA"] = [((kernel, 64, "bfloat16", "sm90"), {"tma": False}) for kernel in KERNELS]
 
 
+# what the newest Triton compiles too: every kernel for both families, and the widest tiles
+BOTH = ("bfloat16-sm90-64", "bfloat16-sm90-128", "bfloat16-sm90-256", "bfloat16-sm80-128", "sm90 with a softcap")
+
+
 @pytest.fixture(scope="module", params=["oldest", "newest"])
 def builds(request: pytest.FixtureRequest) -> dict[str, list[Build]]:
     """What became of JOBS."""
     newest = request.param == "newest"
     if newest and not NEXT.is_dir():
         pytest.fail(f"{NEXT} is missing: make .triton-next/installed")
-    jobs = [(name, case, flags) for name, each in JOBS.items() for case, flags in each]
+    jobs = [(n, case, flags) for n, each in JOBS.items() if n in BOTH or not newest for case, flags in each]
     fields = ("kernel", "head_dim", "dtype", "family")
     asked = [dict(zip(fields, case, strict=True)) | flags for _, case, flags in jobs]
     made = build_all("ringfa3_kernels.portable.builds", asked, packages=NEXT if newest else None)
@@ -93,6 +97,8 @@ def builds(request: pytest.FixtureRequest) -> dict[str, list[Build]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_kernels_compile_as_the_table_says(builds: dict[str, list[Build]], name: str) -> None:
+    if name not in builds:
+        pytest.skip("the oldest Triton alone compiles these: see BOTH")
     broken = []
     for (case, flags), build in zip(JOBS[name], builds[name], strict=True):
         print(case, flags, build)

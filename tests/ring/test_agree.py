@@ -75,7 +75,7 @@ def stay_away(rank: int, size: int, shared: bool) -> float:
     start = time.monotonic()
     if rank == size - 1:
         time.sleep(2.0)  # and then come too late
-        with pytest.raises(RankFailed, match="gave up after waiting for 1 s") as caught:
+        with pytest.raises(RankFailed, match="gave up waiting") as caught:
             a.agree((), 0)
         assert caught.value.rank == 0
     else:
