@@ -1,4 +1,4 @@
-"""What must not go wrong in silence: calls that end in the middle, handles and backward passes out of order, autocast."""
+"""What must not go wrong in silence: calls that end in the middle, things done out of order, autocast."""
 
 from __future__ import annotations
 
