@@ -3,16 +3,21 @@
 Every rank leaves a note (fingerprint of its signature, its rows) and reads everybody's, so all come to the same verdict
 and raise the same error, before anything is sent. It happens on every call, whatever a rank has seen before: a check
 that only some ranks make would itself hang. Where the notes differ, a second round of texts says what differs.
+
+It is also where a gang is declared failed (`fail`): here, and by an alarm on every other rank, so that all raise the
+same RankFailed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from hashlib import blake2b
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
@@ -27,6 +32,7 @@ FINE, WRONG, GAVE_UP, BROKEN = range(4)  # states: a usable call, an error in it
 OVER = {GAVE_UP: "gave up waiting; this rank came too late", BROKEN: "a call of it ended in the middle"}
 SPINS = 50  # polls before giving the processor away; about 25 us, what ranks in step differ by
 WATCH = 0.05  # seconds between looks at whether the missing ranks live
+SETTLE = 0.01  # seconds for alarms of the same moment to meet, so that all ranks hear the same one
 CLIP = 160  # characters of a value in a message
 
 
@@ -35,7 +41,8 @@ class Agreement:
 
     Args:
         group: a process group with more than one rank.
-        timeout: seconds that a rank waits for the others, in the first call and in each later one.
+        timeout: seconds that a rank waits for the others: to make the first call and each later one, and in each hop of
+            a call for a message that nothing of this rank's own holds up.
         shared_memory: False: exchange notes through the group's store even on one host (what happens between hosts).
 
     Raises:
@@ -46,13 +53,25 @@ class Agreement:
         if not timeout > 0:
             raise ValueError(f"timeout: wanted a positive number of seconds, got {timeout}")
         self.rank, self.world, self.timeout = dist.get_rank(group), dist.get_world_size(group), timeout
-        self._others = [rank for rank in range(self.world) if rank != self.rank]
+        self.others = [rank for rank in range(self.world) if rank != self.rank]
         self._call = 0
-        self._broken: RankFailed | None = None
+        self._lock = threading.Lock()
+        self._failure: RankFailed | None = None
+        self._told = False  # the other ranks know
         self._board: Board
         self.peers: tuple[Peer, ...]
         store = _get_process_group_store(group)
         self._board, self.peers = meet(store, self.rank, self.world, timeout=timeout, shared=shared_memory)
+
+    @property
+    def board(self) -> Board:
+        """Where the ranks leave their notes."""
+        return self._board
+
+    @property
+    def failure(self) -> RankFailed | None:
+        """Why the gang has failed; None while it has not."""
+        return self._failure
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -71,8 +90,7 @@ class Agreement:
             ValueError: signatures differ, or another rank's arguments are wrong: on every rank, and it says where.
             RankFailed: a rank died, or did not come within the timeout.
         """
-        if self._broken is not None:
-            raise self._broken
+        self.check()
         self._call += 1
         board, call = self._board, self._call
         fingerprint = _fingerprint(signature)
@@ -90,11 +108,54 @@ class Agreement:
             raise error
         raise ValueError(_difference(texts))
 
-    def abandon(self) -> None:
-        """A call ended in the middle here, with messages under way: the next call of every rank raises RankFailed."""
-        if self._broken is None:
-            self._broken = RankFailed(self.rank, self.hosts[self.rank], None, OVER[BROKEN])
+    def check(self) -> None:
+        """Raise RankFailed if the gang has failed."""
+        if self._failure is not None:
+            raise self._failure
+
+    def abandon(self, error: BaseException) -> RankFailed | None:
+        """A call ended in the middle here, with messages under way: the next call of every rank raises RankFailed.
+
+        Args:
+            error: why it ended. A RankFailed says who is to blame; by others, this rank is.
+
+        Returns:
+            What to raise in its place: why the gang had failed, where it had; None: the error as it is.
+        """
+        if self._failure is None:
             self._board.post(self._call + 1, (0, BROKEN << ROWS))
+            if not isinstance(error, RankFailed):
+                self.fail(RankFailed(self.rank, self.hosts[self.rank], None, OVER[BROKEN]))
+                return None
+            self.fail(error)
+        return self._failure
+
+    def fail(self, error: RankFailed, board: Board | None = None) -> RankFailed:
+        """The gang has failed: raise this from now on, here and on the other ranks.
+
+        Args:
+            board: `board.apart()`, on another thread than the calls'.
+
+        Returns:
+            What all ranks raise: this error, or that of another rank which was the first to know.
+        """
+        board = board or self._board
+        with self._lock:
+            if not self._told:
+                self._told = True
+                error = self._failure or error
+                if not board.alarms():
+                    told = {"rank": error.rank, "host": error.host, "hop": error.hop, "message": error.message[:CLIP]}
+                    board.alarm(json.dumps(told).encode())
+                time.sleep(SETTLE)
+                self._failure = self._failure or self.heard(board) or error
+            assert self._failure is not None  # told
+            return self._failure
+
+    def heard(self, board: Board | None = None) -> RankFailed | None:
+        """What the alarm says that some rank gave; where several did, the first of them."""
+        alarms = (board or self._board).alarms()
+        return RankFailed(**json.loads(alarms[min(alarms)])) if alarms else None
 
     def _texts(self, signature: Signature, error: Exception | None, own: tuple[int, int]) -> list[dict[str, str]]:
         """What every rank has to say for itself: its error, or its signature."""
@@ -106,7 +167,7 @@ class Agreement:
 
     def _wait(self, missing: Callable[[list[int]], list[int]], own: tuple[int, int]) -> None:
         """Until no rank is missing. Spins, then yields, then sleeps longer and longer, with an eye on the others."""
-        ranks = self._others
+        ranks = self.others
         for _ in range(SPINS):
             ranks = missing(ranks)
             if not ranks:
@@ -120,6 +181,8 @@ class Agreement:
                 continue
             if now - watched > WATCH:
                 watched = now
+                if self._failure is not None or self._board.alarms():
+                    self._fail(ranks[0], "failed", own)
                 gone = [rank for rank in ranks if self.peers[rank].dead()]
                 if gone and set(gone) & set(missing(gone)):  # not a last word before it died
                     self._fail(gone[0], "its process has ended", own)
@@ -129,11 +192,13 @@ class Agreement:
             pause = min(max(2 * pause, 2e-5), 2e-3)
             time.sleep(pause)
 
-    def _fail(self, rank: int, message: str, own: tuple[int, int]) -> None:
-        """Raise RankFailed, here and in every later call, and tell ranks that come too late."""
+    def _fail(self, rank: int, message: str, own: tuple[int, int]) -> NoReturn:
+        """Raise RankFailed, here and in every later call, and tell ranks that come too late. An alarm knows better."""
         self._board.post(self._call, (own[0], GAVE_UP << ROWS))
-        self._broken = RankFailed(rank, self.peers[rank].host, None, message)
-        raise self._broken
+        with self._lock:
+            if self._failure is None:
+                self._failure = self.heard() or RankFailed(rank, self.peers[rank].host, None, message)
+        raise self._failure
 
 
 @lru_cache(maxsize=1024)

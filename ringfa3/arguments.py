@@ -13,11 +13,12 @@ from torch import Tensor
 from ringfa3.agree import Signature
 from ringfa3.layout import Layout, resolve
 from ringfa3.mask import Mask
+from ringfa3.mesh import Axes, line
 from ringfa3.plan import Plan
+from ringfa3.transport import choose
+from ringfa3.ulysses import deal_heads
 from ringfa3_kernels import Partial, attend, attend_backward
 from ringfa3_kernels.door import check_qkv, state_dtype
-
-TRANSPORTS = ("auto", "ring", "gather")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Arguments:
     mask: Mask
     layout: Layout
     plan: Plan | None
+    axes: Axes | None
     scale: float
     softcap: float
     transport: str
@@ -47,6 +49,7 @@ class Arguments:
             ("device", q.device.type),
             ("mask", self.mask),
             ("layout", self.layout),
+            ("mesh", self.axes),
             ("seqlen of the plan", seqlens),
             ("scale", self.scale),
             ("softcap", self.softcap),
@@ -76,16 +79,22 @@ def check(
     impl: str,
     world: int,
     rank: int,
+    axes: Axes | None,
 ) -> Arguments:
     """The call's arguments, if they go together on this rank; see `ring_attention`.
+
+    Args:
+        axes: of the group, where it is a mesh.
 
     Raises:
         ValueError: an argument is wrong; names it, what was wanted and what came.
         Unsupported: the named implementation, or every one, lacks something this call needs.
     """
     check_qkv(q, k, v)
+    choose.check(transport)
+    alone = transport == "ulysses" and axes is None  # Ulysses over the whole group
     if plan is not None:
-        _check_plan(plan, q, k, world, rank)
+        _check_plan(plan, q, k, world, rank, axes, line(world) if alone else axes)
     elif k.shape[1] != q.shape[1]:
         raise ValueError(f"k: wanted q's {q.shape[1]} rows (cross attention takes a plan), got {k.shape[1]}")
     mask = _mask_of(causal, window, documents, mask, plan)
@@ -93,8 +102,9 @@ def check(
         raise ValueError(f"documents: wanted lengths for q's {q.shape[0]} batch rows, got them for {mask.batch}")
     if plan is not None and layout is not None and resolve(layout, mask) != plan.layout:
         raise ValueError(f"layout: wanted the plan's {plan.layout}, or none beside plan, got {layout!r}")
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport: wanted one of {', '.join(map(repr, TRANSPORTS))}, got {transport!r}")
+    dealt = resolve(layout or ("contiguous" if alone else "zigzag"), mask) if plan is None else plan.layout
+    if transport == "ulysses":
+        axes = _ulysses(world, axes, plan, dealt)
     scale = q.shape[3] ** -0.5 if scale is None else _number("scale", scale)
     softcap = _number("softcap", softcap)
     if softcap < 0:
@@ -102,12 +112,17 @@ def check(
     if sink_logits is not None:
         _check_sinks(sink_logits, q)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    Hq, Hkv = q.shape[2], k.shape[2]
+    if axes is not None:
+        mine = deal_heads(Hq, Hkv, axes.ulysses)[axes.places[rank][0]]
+        Hq, Hkv = mine.q.stop - mine.q.start, mine.kv.stop - mine.kv.start
     for backward in (False, True) if grad else (False,):
-        _serves(q.shape[2], k.shape[2], q.shape[3], q.dtype, q.device, softcap, impl, deterministic, backward)
+        _serves(Hq, Hkv, q.shape[3], q.dtype, q.device, softcap, impl, deterministic, backward)
     return Arguments(
         mask,
-        resolve(layout or "zigzag", mask) if plan is None else plan.layout,
+        dealt,
         plan,
+        axes,
         scale,
         softcap,
         transport,
@@ -147,11 +162,27 @@ def _kept_mask(causal: bool, window: Any, documents: Any) -> Mask:
     return Mask(causal=causal, window=window, documents=documents)
 
 
-def _check_plan(plan: Plan, q: Tensor, k: Tensor, world: int, rank: int) -> None:
+def _ulysses(world: int, axes: Axes | None, plan: Plan | None, layout: Layout) -> Axes:
+    """Where transport="ulysses" puts the ranks: all of them on one axis."""
+    if axes is None and layout != resolve("contiguous"):
+        name = "layout" if plan is None else "plan"
+        raise ValueError(f"{name}: wanted the layout 'contiguous' for transport='ulysses', got {layout}")
+    if axes is not None and axes.ring > 1:
+        raise ValueError(
+            f"transport: wanted that of the ring axis, as the mesh has one of {axes.ring} ranks, got 'ulysses'"
+        )
+    return axes or line(world)
+
+
+def _check_plan(plan: Plan, q: Tensor, k: Tensor, world: int, rank: int, *axes: Axes | None) -> None:
+    """axes: those that the plan may be made for."""
     if not isinstance(plan, Plan):
         raise ValueError(f"plan: wanted a Plan, got {type(plan).__name__}")
     if (plan.world, plan.rank) != (world, rank):
         raise ValueError(f"plan: wanted one for rank {rank} of {world}, got one for rank {plan.rank} of {plan.world}")
+    if plan.axes not in axes:
+        wanted, got = (x or "a plain ring" for x in (axes[0], plan.axes))
+        raise ValueError(f"plan: wanted one for {wanted}, as the group is, got one for {got}")
     for name, x, rows in (("q", q, plan.lengths[rank]), ("k", k, plan.kv_lengths[rank])):
         if x.shape[1] != rows:
             raise ValueError(f"{name}: wanted the plan's {rows} rows on rank {rank}, got {x.shape[1]}")

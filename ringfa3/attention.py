@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringfa3 import arguments, profiling
+from ringfa3 import arguments, profiling, shards
 from ringfa3.agree import Agreement
 from ringfa3.arguments import Arguments
 from ringfa3.gang import Gang
@@ -25,14 +25,15 @@ from ringfa3.handle import Handle
 from ringfa3.lane import Lane, Tensors
 from ringfa3.layout import Layout
 from ringfa3.mask import Mask
-from ringfa3.plan import Hop, Plan
+from ringfa3.mesh import sliced
+from ringfa3.plan import Hop, Plan, on_axes
 from ringfa3.plan import plan as plan_for
 from ringfa3.shards import Group, members
-from ringfa3.transport import Gather, Ring, Transport, Wire
+from ringfa3.transport import Transport
+from ringfa3.transport.choose import choose
+from ringfa3.ulysses import Alone, Heads, exchange, numbered, parts, ring_gang, ring_ranks
 from ringfa3_kernels import Partial, attend, attend_backward, row_delta
 from ringfa3_kernels.door import state_dtype
-
-GATHER_BYTES = 64 << 10  # of a rank's K and V: below, one exchange beats a round a rank (docs/decisions.md)
 
 
 def ring_attention(
@@ -70,16 +71,22 @@ def ring_attention(
             its gradient here is this rank's rows' share, to be summed over the ranks like any other parameter's.
         scale: factor on q.k; None: D ** -0.5.
         plan: what `plan` made for this mask, layout and length; it says these itself, so leave them alone.
-        group: a ProcessGroup or a 1-D DeviceMesh; None: the plan's, or all ranks (one, without torch.distributed).
+        group: a ProcessGroup or a DeviceMesh; None: the plan's, or all ranks (one, without torch.distributed). A 2-D
+            mesh, its axes named "ulysses" and "ring" (or nameless, in that order), deals positions over the ring axis
+            and heads over the ulysses axis, along which ranks hold contiguous slices of one shard.
         layout: how the sequence was dealt: "zigzag" (default), "contiguous", "striped", "balanced" or a Layout.
-        transport: "ring", "gather", or "auto": gather where a rank's keys and values are below 64 KiB, else ring.
+        transport: "pull" (ranks of one host read each other's memory), "ring", "gather", "hierarchical" (pull inside a
+            host, ring between hosts; "hierarchical:2" takes every 2 ranks for a host), or "auto": gather where a rank's
+            keys and values are below 64 KiB, else on GPUs pull or hierarchical where their places allow, else ring. Or
+            "ulysses": the whole group deals heads, no hops; its layout is "contiguous".
         deterministic: gradients bitwise equal from run to run, at some cost.
         return_lse: also return the log-sum-exp of every row; differentiable. It includes the sink.
         async_op: return a `Handle` at once; its wait() gives the result. Calls of one group run in the order in which
             they were made, on every rank the same; so do their backward passes (ValueError where ranks differ).
         impl: implementation of the kernels; see `ringfa3_kernels.attend`.
-        agree: compare the call between the ranks first. An Agreement, for another timeout than 300 s. False: not at
-            all; then shards that the layout does not deal evenly need a plan, and ranks that differ hang or crash.
+        agree: compare the call between the ranks first, and watch over them. An Agreement, for another timeout than
+            300 s. False: neither; then shards that the layout does not deal evenly need a plan, and ranks that differ,
+            die or stall are a hang or a crash.
 
     Returns:
         out [B, n, Hq, D] in q's dtype, or (out, lse fp32 [B, Hq, n]), or a Handle of either. Rows that see nothing have
@@ -89,12 +96,14 @@ def ring_attention(
         ValueError: an argument is wrong, here or on another rank, or ranks differ: raised on every rank before anything
             is sent; it names the argument, what was wanted and what came.
         Unsupported: no implementation, or not the named one, serves this call (a ValueError on the other ranks).
-        RankFailed: another rank died, or did not come: before the call within the agreement's timeout, during its hops
-            within the process group's.
+        RankFailed: another rank died, or did not come in time, before the call or during its hops. On CUDA a call
+            returns before its hops are done: the next call, `Handle.wait` or a backward pass raises it then, and what
+            was computed since is worth nothing.
     """
     if not isinstance(agree, bool | Agreement):
         raise ValueError(f"agree: wanted True, False or an Agreement, got {agree!r}")
-    process_group, world, rank = members(plan.group if group is None and isinstance(plan, Plan) else group)
+    group = plan.group if group is None and isinstance(plan, Plan) else group
+    process_group, world, rank = members(group)
     gang = Gang.of(process_group)
     asked: Arguments | None = None
     error: Exception | None = None
@@ -102,7 +111,7 @@ def ring_attention(
         asked = arguments.check(
             q, k, v, causal=causal, window=window, documents=documents, softcap=softcap, sink_logits=sink_logits,
             scale=scale, plan=plan, layout=layout, transport=transport, deterministic=deterministic, mask=mask,
-            impl=impl, world=world, rank=rank,
+            impl=impl, world=world, rank=rank, axes=shards.axes(group),
         )  # fmt: skip
     except Exception as wrong:  # whatever it is, the others must hear of it before it is raised here
         error = wrong
@@ -116,9 +125,19 @@ def ring_attention(
     if asked is None:
         assert error is not None
         raise error
-    plan = plan or _plan(asked, q, lengths or (q.shape[1],) * world, process_group)
-    transfer = _transport(asked, plan, k, gang.wire(q.device, hosts))
-    task = _Task(plan, transfer, gang.lane(q.device), asked, agreement, gang.number(), profiling.asked())
+    plan = plan or _plan(asked, q, lengths or (q.shape[1],) * world, group)
+    if plan.axes != asked.axes and asked.axes is not None:
+        plan = on_axes(plan, asked.axes)
+    if agreement is not None:
+        watch = gang.watch(agreement)
+        for part, ranks in parts(plan, group):
+            watch.follow(part, ranks)
+    heads = exchange(plan, q.shape[2], k.shape[2], q.device, group, hosts)
+    transfer = _transport(asked, plan, k, heads, *ring_gang(plan, group, hosts))
+    task = _Task(
+        plan.ring, transfer, ring_ranks(plan), heads, gang.lane(q.device), asked, agreement, gang.number(),
+        profiling.asked(),
+    )  # fmt: skip
     if not async_op:
         return _finish(task, q, k, v, None, sink_logits, return_lse)
     inputs = tuple(x.detach() for x in (q, k, v))  # shares the version counters
@@ -135,8 +154,10 @@ def ring_attention(
 class _Task:
     """One call's work, forward and backward, on whatever thread or stream runs it."""
 
-    plan: Plan
+    plan: Plan  # of the ring axis, on a mesh
     transport: Transport
+    ranks: Sequence[int]  # of the group, by their number on the ring
+    heads: Heads | None  # traded before and after the hops
     lane: Lane
     asked: Arguments
     agreement: Agreement | None
@@ -144,27 +165,46 @@ class _Task:
     named: bool  # hops get NVTX ranges; kept, because autograd's thread does not know the caller's context
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-        """out in q's dtype and lse, over all hops."""
+        """out in q's dtype and lse, over all hops; where heads were traded, also the q, k, v and lse computed with."""
         with self._whole():
-            return self._forward(q, k, v)
+            if self.heads is None:
+                return self._forward(q, k, v)
+            with self._range("forward heads out"):
+                qkv = self.heads.spread(q, k, v)
+            with numbered(self.ranks):
+                out, lse = self._forward(*qkv)
+            with self._range("forward heads home"):
+                return (*self.heads.home(out, lse), *((*qkv, lse) if self.asked.grad else ()))
 
     def backward(self, *saved: Tensor, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
-        """dq, dk, dv in q's dtype, for what autograd saved: q, k, v, out, lse."""
+        """dq, dk, dv in q's dtype, for what autograd saved: this rank's out, and q, k, v, lse as computed with."""
         if self.agreement is not None:
             self.agreement.agree((("call whose backward pass this is", self.number),), 0)
-        q, k, v, out, lse = saved
+        out, q, k, v, lse = saved
         with self._whole():
-            return self._backward(q, k, v, out, lse, dout, dlse)
+            dout = torch.zeros_like(out) if dout is None else dout
+            delta = row_delta(dout, out, dlse)
+            if self.heads is None:
+                return tuple(x.to(out.dtype) for x in self._backward(q, k, v, lse, dout, delta))
+            with self._range("backward heads out"):
+                dout, delta = self.heads.spread_gradients(dout, delta)
+            with numbered(self.ranks):
+                gradients = self._backward(q, k, v, lse, dout, delta)
+            with self._range("backward heads home"):
+                return self.heads.home_gradients(*gradients, out.dtype)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """An error in here leaves messages under way: tell the other ranks."""
         try:
             yield
-        except BaseException:
             if self.agreement is not None:
-                self.agreement.abandon()
-            raise
+                self.agreement.check()  # what was waited for may have been given up meanwhile
+        except BaseException as error:
+            failure = None if self.agreement is None else self.agreement.abandon(error)
+            if failure is None or failure is error or not isinstance(error, Exception):
+                raise
+            raise failure from error
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         asked, state = self.asked, None
@@ -180,13 +220,12 @@ class _Task:
         return state.out, state.lse
 
     def _backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
-    ) -> Tensors:
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dout: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients are fp32 from hop to hop, unless nothing has to be added to them."""
         asked = self.asked
-        dout = torch.zeros_like(out) if dout is None else dout
-        delta = row_delta(dout, out, dlse)
-        dq = torch.empty(q.shape, dtype=q.dtype if self.plan.world == 1 else state_dtype(q.dtype), device=q.device)
+        narrow = self.plan.world == 1 and not (self.heads is not None and self.heads.mine.shared)
+        dq = torch.empty(q.shape, dtype=q.dtype if narrow else state_dtype(q.dtype), device=q.device)
         first = True
         rotation = self.transport.rotate_backward((k, v), self.plan)
         for hop, (k_hop, v_hop), (dk, dv) in rotation:
@@ -198,14 +237,16 @@ class _Task:
             first = False
         if first:
             dq.zero_()
-        return tuple(x.to(q.dtype) for x in (dq, *rotation.home()))
+        return dq, *rotation.home()
 
-    def _range(self, direction: str, hop: Hop) -> AbstractContextManager[None]:
-        """A hop's range in a profile, where one was asked for."""
+    def _range(self, name: str, hop: Hop | None = None) -> AbstractContextManager[None]:
+        """A range in a profile, of a hop or of what has this name, where one was asked for."""
         if not self.named:
             return nullcontext()
-        number, hops = self.plan.hops.index(hop) + 1, len(self.plan.hops)
-        return profiling.span(f"ringfa3 {direction} hop {number} of {hops}, keys of rank {hop.source}")
+        if hop is not None:
+            number, hops = self.plan.hops.index(hop) + 1, len(self.plan.hops)
+            name = f"{name} hop {number} of {hops}, keys of rank {self.ranks[hop.source]}"
+        return profiling.span(f"ringfa3 {name}")
 
 
 class _RingAttention(torch.autograd.Function):
@@ -213,9 +254,9 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: _Task, result: Tensors | None) -> Tensors:
-        out, lse = result or task.lane.run(lambda: task.forward(q, k, v))
+        out, lse, *computed_with = result or task.lane.run(lambda: task.forward(q, k, v))
         ctx.task = task
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(out, *(computed_with or (q, k, v, lse)))
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -231,6 +272,8 @@ def _finish(
     task: _Task, q: Tensor, k: Tensor, v: Tensor, result: Tensors | None, sinks: Tensor | None, return_lse: bool
 ) -> Tensor | Tensors:
     """What the caller gets, from the result of the hops (None: run them now)."""
+    if task.agreement is not None:
+        task.agreement.check()  # what was queued before the gang failed is worth nothing
     out, lse = _RingAttention.apply(q, k, v, task, result)
     if sinks is not None:
         with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
@@ -245,19 +288,22 @@ def _plan(asked: Arguments, q: Tensor, lengths: tuple[int, ...], group: Group) -
     Raises:
         ValueError: the layout deals the sequence otherwise, or the mask does not fit its length.
     """
-    made = plan_for(asked.mask, asked.layout, sum(lengths), group, device=q.device)
+    made = plan_for(asked.mask, asked.layout, sum(lengths), group, device=q.device, axes=asked.axes)
     if made.lengths != lengths:
+        name = sliced(asked.layout, asked.axes).name
         raise ValueError(
-            f"q: wanted the {asked.layout.name} layout's shards of {sum(lengths)} rows, {list(made.lengths)} by rank, "
+            f"q: wanted the {name} layout's shards of {sum(lengths)} rows, {list(made.lengths)} by rank, "
             f"got {list(lengths)}"
         )
     return made
 
 
-def _transport(asked: Arguments, plan: Plan, k: Tensor, wire: Wire) -> Transport:
-    """The transport that was named, or the one for shards of this size: the same on every rank."""
-    name = asked.transport
-    if name == "auto":
-        size = 2 * max(plan.kv_lengths) * k.shape[0] * k.shape[2] * k.shape[3] * k.element_size()
-        name = "gather" if size < GATHER_BYTES else "ring"
-    return Gather(wire) if name == "gather" else Ring(wire)
+def _transport(
+    asked: Arguments, plan: Plan, k: Tensor, heads: Heads | None, gang: Gang, hosts: tuple[str, ...]
+) -> Transport:
+    """The transport that was named, or the one for shards of this size: the same on every rank of the ring."""
+    if plan.axes is not None and plan.ring.world == 1:
+        return Alone(shared=heads is not None and heads.mine.shared)
+    kv_heads = k.shape[2] if heads is None else heads.mine.kv.stop - heads.mine.kv.start
+    size = 2 * max(plan.ring.kv_lengths) * k.shape[0] * kv_heads * k.shape[3] * k.element_size()
+    return choose(asked.transport, plan.ring, size, k.device, gang, hosts)

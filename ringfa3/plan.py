@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringfa3 import shards
 from ringfa3.hops import LONGEST, Hop, Needs, hops_of, needs_of
 from ringfa3.layout import Dealing, Layout, deal, resolve
 from ringfa3.mask import Mask
+from ringfa3.mesh import Axes, sliced
 from ringfa3.shards import Group
 
 __all__ = ["Hop", "Plan", "plan"]
@@ -37,6 +39,10 @@ class Plan:
             Where runs have step 1 it is exact; under striped it can be too wide, or hold no key that a row sees, where
             windows or documents are shorter than about `world` positions.
         dealing: all ranks' runs of positions.
+        axes: of the mesh ulysses x ring that it was made for; None: a plain ring. On a mesh, world, rank, lengths and
+            dealing count all ranks; hops and needs count those of the ring axis, and are of the whole shards there.
+        ring: the plan of this rank on the ring axis, for the shard that its peers on the ulysses axis hold together;
+            without a mesh the plan itself.
     """
 
     mask: Mask
@@ -52,6 +58,8 @@ class Plan:
     needs: Needs
     dealing: Dealing = field(repr=False)
     group: Group = None
+    axes: Axes | None = None
+    _ring: Plan | None = field(default=None, repr=False)
 
     @staticmethod
     def build(
@@ -64,14 +72,25 @@ class Plan:
         *,
         kv_seqlen: int | None = None,
         group: Group = None,
+        axes: Axes | None = None,
     ) -> Plan:
         """The plan of any rank of any world, without a process group: for tests and planning; see `plan`.
+
+        Args:
+            axes: of a mesh whose ranks are the world.
 
         Raises:
             ValueError: an argument is wrong; names it, what was wanted and what came.
         """
         seqlen, kv_seqlen = _check(mask, seqlen, world, rank, kv_seqlen)
         layout = resolve(layout, mask)
+        if axes is not None:
+            if world != len(axes.places):
+                raise ValueError(f"axes: wanted those of a mesh of {world} ranks, got {axes}")
+            ring = Plan.build(
+                mask, layout, seqlen, axes.ring, axes.places[rank][1], device, kv_seqlen=_other(kv_seqlen, seqlen)
+            )
+            return ring._on(axes, rank, group)
         rows = deal(layout, seqlen, world)
         keys = deal(layout, kv_seqlen, world)
         needs = needs_of(mask, rows, keys)
@@ -95,6 +114,11 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return self.positions.device
+
+    @property
+    def ring(self) -> Plan:
+        """See the class."""
+        return self._ring or self
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's positions of a tensor that every rank holds whole, a copy; differentiable."""
@@ -170,12 +194,30 @@ class Plan:
             f"rows {self.lengths[self.rank]} (all ranks: {min(self.lengths)} to {max(self.lengths)}): {runs or 'none'}",
         ]
         total = 0
+        if self.axes is not None:
+            ring = self.ring
+            lines.append(
+                f"mesh of {self.axes.ulysses} ulysses x {self.axes.ring} ring: hops of its share of the heads, "
+                f"as rank {ring.rank} of the ring's {ring.world}, for {ring.lengths[ring.rank]} rows"
+            )
         for hop in self.hops:
             pairs = int((hop.visible.hi - hop.visible.lo).clamp(min=0).sum())
             total += pairs
-            keys = f"keys {hop.keys.start}:{hop.keys.stop} of {self.kv_lengths[hop.source]}"
+            keys = f"keys {hop.keys.start}:{hop.keys.stop} of {self.ring.kv_lengths[hop.source]}"
             lines.append(f"  from rank {hop.source}: {keys}, {hop.visible.kind}, {pairs} pairs")
         return "\n".join([*lines, f"  {total} pairs in {len(self.hops)} hops"])
+
+    def _on(self, axes: Axes, rank: int, group: Group) -> Plan:
+        """The plan of a rank of a mesh, from its ring's."""
+        world = len(axes.places)
+        dealing = deal(sliced(self.layout, axes), self.seqlen, world)
+        keys = deal(sliced(self.layout, axes), self.kv_seqlen, world)
+        before = sum(dealing.lengths[peer] for peer in axes.peers(rank) if axes.places[peer] < axes.places[rank])
+        positions = self.positions[before : before + dealing.lengths[rank]]
+        return replace(
+            self, world=world, rank=rank, lengths=dealing.lengths, kv_lengths=keys.lengths, positions=positions,
+            dealing=dealing, group=group, axes=axes, _ring=self,
+        )  # fmt: skip
 
     def _valid(self, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """This rank's number of valid labels and all ranks' (at least 1): fp32 scalars."""
@@ -208,6 +250,7 @@ def plan(
     *,
     device: torch.device | str | None = None,
     kv_seqlen: int | None = None,
+    axes: Axes | None = None,
 ) -> Plan:
     """This rank's Plan; kept, so that asking again with equal arguments costs microseconds.
 
@@ -215,10 +258,13 @@ def plan(
         mask: who sees what, by global position.
         layout: "contiguous", "zigzag", "striped", "balanced" (balances this mask) or a Layout.
         seqlen: positions on all ranks together; any, also fewer than ranks.
-        group: a ProcessGroup, a 1-D DeviceMesh, or None: all ranks (one, where torch.distributed is not initialised).
+        group: a ProcessGroup, a DeviceMesh, or None: all ranks (one, where torch.distributed is not initialised). On a
+            2-D mesh, ulysses x ring, the layout deals positions over the ring axis, and ranks along the ulysses axis
+            hold contiguous slices of the same shard.
         device: where positions and bounds go; None: torch's default device.
         kv_seqlen: for cross attention, with Mask(causal=False): length of the sequence that keys and values are from,
             dealt by the same layout (shard them with a plan of that length).
+        axes: how the group's ranks stand on a mesh; None: as the group says.
 
     Raises:
         ValueError: an argument is wrong; names it, what was wanted and what came.
@@ -230,7 +276,15 @@ def plan(
         device = torch.device("cuda", torch.cuda.current_device())
     if not isinstance(mask, Mask):
         raise ValueError(f"mask: wanted a Mask, got {type(mask).__name__}")
-    return _kept(mask, resolve(layout, mask), seqlen, world, rank, device, kv_seqlen, process_group)
+    axes = axes or shards.axes(group)
+    mesh = group if isinstance(group, DeviceMesh) and group.ndim != 1 else None
+    return _kept(mask, resolve(layout, mask), seqlen, world, rank, device, kv_seqlen, process_group, axes, mesh)
+
+
+def on_axes(plan: Plan, axes: Axes) -> Plan:
+    """The plan for the same sequence on a mesh that deals it alike; kept. Of its ranks no group is known."""
+    kv_seqlen = _other(plan.kv_seqlen, plan.seqlen)
+    return _kept(plan.mask, plan.layout, plan.seqlen, plan.world, plan.rank, plan.device, kv_seqlen, None, axes, None)
 
 
 @lru_cache(maxsize=16)  # a plan holds 8 bytes a position on the device; packed training makes one a step
@@ -243,8 +297,15 @@ def _kept(
     device: torch.device,
     kv_seqlen: int | None,
     group: dist.ProcessGroup | None,
+    axes: Axes | None,
+    mesh: DeviceMesh | None,
 ) -> Plan:
-    return Plan.build(mask, layout, seqlen, world, rank, device, kv_seqlen=kv_seqlen, group=group)
+    return Plan.build(mask, layout, seqlen, world, rank, device, kv_seqlen=kv_seqlen, group=mesh or group, axes=axes)
+
+
+def _other(kv_seqlen: int, seqlen: int) -> int | None:
+    """What to give as kv_seqlen for keys of this length."""
+    return None if kv_seqlen == seqlen else kv_seqlen
 
 
 def _check(mask: Mask, seqlen: int, world: int, rank: int, kv_seqlen: int | None) -> tuple[int, int]:

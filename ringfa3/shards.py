@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringfa3.layout import Dealing, Layout, Run, deal, resolve
+from ringfa3.mesh import Axes, axes_of, sliced, whole
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -26,7 +27,8 @@ def shard(x: Tensor, dim: int = 1, *, layout: str | Layout = "zigzag", group: Gr
     Args:
         x: any shape; dim is the sequence.
         layout: as `ring_attention`'s.
-        group: a ProcessGroup, a 1-D DeviceMesh, or None: all ranks (one, without torch.distributed).
+        group: a ProcessGroup, a DeviceMesh (1-D, or 2-D: ulysses x ring), or None: all ranks (one, without
+            torch.distributed).
 
     Returns:
         A copy of x with this rank's positions only, ascending.
@@ -35,7 +37,7 @@ def shard(x: Tensor, dim: int = 1, *, layout: str | Layout = "zigzag", group: Gr
         ValueError: no such dim, layout or group.
     """
     _, world, rank = members(group)
-    dealing = deal(resolve(layout), x.shape[checked_dim(x, dim)], world)
+    dealing = deal(sliced(resolve(layout), axes(group)), x.shape[checked_dim(x, dim)], world)
     return take(x, dealing.runs[rank], dim)
 
 
@@ -54,27 +56,32 @@ def unshard(x: Tensor, seqlen: int, dim: int = 1, *, layout: str | Layout = "zig
         ValueError: x has not this rank's number of positions, or as `shard`.
     """
     _, world, rank = members(group)
-    return gather(x, deal(resolve(layout), seqlen, world), rank, dim, group)
+    return gather(x, deal(sliced(resolve(layout), axes(group)), seqlen, world), rank, dim, group)
 
 
 def members(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
     """The process group (None: the default one, or none at all), its size and this process's rank in it.
 
+    Of a 2-D mesh: the group of all its ranks. The first time, they may have to make it: all must call.
+
     Raises:
-        ValueError: not a group, a mesh of several axes, or a group that this process is not in.
+        ValueError: not a group, a mesh of more axes, or a group that this process is not in.
     """
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"group: wanted a ProcessGroup or a 1-D DeviceMesh, got a mesh of {group.ndim} axes")
-        group = group.get_group()
+        group = group.get_group() if group.ndim == 1 else whole(group)
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None, 1, 0
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group: wanted a ProcessGroup or a 1-D DeviceMesh that this rank is in, got {group!r}")
+        raise ValueError(f"group: wanted a ProcessGroup or a 1-D DeviceMesh (or 2-D: ulysses x ring), got {group!r}")
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group: wanted one that this rank is in, got one that it is not in")
     return group, dist.get_world_size(group), rank
+
+
+def axes(group: Group) -> Axes | None:
+    """The axes of a 2-D mesh, None for every other group."""
+    return axes_of(group) if isinstance(group, DeviceMesh) and group.ndim != 1 else None
 
 
 def take(x: Tensor, runs: Sequence[Run], dim: int) -> Tensor:

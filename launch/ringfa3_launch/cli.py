@@ -1,4 +1,4 @@
-"""The command `ringfa3`: doctor, demo, bench."""
+"""The command `ringfa3`: doctor, demo, plan, trace, bench."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ EXAMPLES = """\
 examples:
   ringfa3 doctor                      what is installed here, what would run, and does it work?
   ringfa3 demo                        a language model reads a long text that is sharded over the ranks
+  ringfa3 plan --seqlen 1M --world 8  which transport, layout and mesh, and how long will it take?
+  ringfa3 trace --ranks 2             what did every rank do when? One trace for ui.perfetto.dev
   ringfa3 bench attention --help      how fast is it here, beside torch's own attention?
+  ringfa3 bench ring --help           and what does the ring add to its kernels, beside other ring libraries?
   launch/torchrun.sh train.py         your own script, one rank a GPU (docs/launch.md)
 
 `ringfa3 COMMAND --help` explains a command and its options.
@@ -31,10 +34,13 @@ Benchmarks. Each prints a table; with --out DIR it also writes it there as JSON,
 COMMANDS = {
     ("doctor",): ("ringfa3_launch.doctor", "examine this machine and the installation; non-zero exit when broken"),
     ("demo",): ("ringfa3_launch.demo", "a real model answers from a long text sharded over the ranks"),
+    ("plan",): ("ringfa3_launch.planning", "predict time, waiting and memory; recommend transport, layout and mesh"),
+    ("trace",): ("ringfa3_launch.trace", "run ring attention and write one Perfetto trace of all ranks"),
     ("bench", "attention"): (
         "ringfa3_launch.bench.attention",
         "sweep lengths and worlds beside torch's own attention",
     ),
+    ("bench", "ring"): ("ringfa3_launch.bench.ring", "what the ring adds to its kernels, beside other ring libraries"),
 }
 
 
@@ -67,7 +73,12 @@ def build(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    bench = _parser(commands.add_parser, "bench", help="benchmarks: `ringfa3 bench attention`", description=BENCH)
+    bench = _parser(
+        commands.add_parser,
+        "bench",
+        help="benchmarks: `ringfa3 bench attention`, `bench ring`",
+        description=BENCH,
+    )
     bench.set_defaults(parser=bench)
     benches = bench.add_subparsers(title="benchmarks", metavar="WHAT")
     words = tuple(word for word in argv if not word.startswith("-"))

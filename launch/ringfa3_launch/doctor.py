@@ -135,16 +135,18 @@ def typical_call(direction: str, device: str) -> Any:
 def transports(world: int, device: str) -> list[Finding]:
     """Which transport `auto` chooses for the typical call, and why not the other."""
     try:
-        from ringfa3 import attention
+        from ringfa3.transport.choose import GATHER_BYTES
     except Exception as error:
-        return [Finding("transport", "auto", None, "broken", f"ringfa3.attention cannot be imported: {error}")]
+        return [Finding("transport", "auto", None, "broken", f"ringfa3.transport cannot be imported: {error}")]
     call = typical_call("forward", device)
     size = 2 * call.Sq // world * call.Hkv * call.D * call.dtype.itemsize
-    limit = attention.GATHER_BYTES
+    limit = GATHER_BYTES
     backend = "NCCL" if device == "cuda" else "gloo"
     shard = f"{size / 2**20:.0f} MiB of keys and values a rank, {world} ranks over {backend}"
     why = f"gather is for shards below {limit >> 10} KiB, where one exchange costs less than a message a hop"
-    chosen = "ring" if size >= limit else "gather"
+    chosen = "gather"
+    if size >= limit:
+        chosen = "pull" if device == "cuda" and 1 < world <= machine.mapped() else "ring"
     return [Finding("transport", "auto", chosen, "ok", f"{shard}; {why}")]
 
 

@@ -142,6 +142,15 @@ def links(*, megabytes: int = 256) -> list[Finding]:
     ]  # fmt: skip
 
 
+def mapped() -> int:
+    """How many GPUs there are, if each can map the memory of every other; else 1."""
+    import torch
+
+    n = torch.cuda.device_count()
+    pairs = ((i, j) for i in range(n) for j in range(n) if i != j)
+    return n if all(torch.cuda.can_device_access_peer(i, j) for i, j in pairs) else 1
+
+
 def copy_bandwidth(source: int, target: int, *, megabytes: int = 256, repeats: int = 10) -> float:
     """GB/s of a copy from one GPU's memory to another's, by the copy engine; the best of three timings."""
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: it takes seconds, and `ringfa3 --help` needs none of it
@@ -19,6 +19,11 @@ SAFE_ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
+
+# What a watch (ringfa3.watch) finds first it ends in order: RankFailed is raised. Where torch's own watchdog is first
+# it must not end the process on top of that (3, its default), nor wait for a minute, to give others time for dumps,
+# with a lock held that sending needs. 2: it aborts the communicator, and the process lives.
+PATIENT_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250"}
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -102,7 +107,7 @@ def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0) -> Ite
     import torch
     import torch.distributed as dist
 
-    for name, value in SAFE_ENVIRONMENT.items():
+    for name, value in (SAFE_ENVIRONMENT | PATIENT_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     place = pick_device(info.local_rank, info.local_world, device)
     if place.type == "cuda":
@@ -114,6 +119,7 @@ def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0) -> Ite
         world_size=info.world,
         timeout=timedelta(seconds=timeout),
         device_id=place if place.type == "cuda" else None,
+        pg_options=nccl_options() if place.type == "cuda" else None,
     )
     try:
         yield place
@@ -124,6 +130,13 @@ def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0) -> Ite
         raise
     else:
         dist.destroy_process_group()
+
+
+def nccl_options() -> Any:
+    """How ranks on GPUs send: on a stream of high priority, so that messages start beside a long kernel."""
+    import torch.distributed as dist
+
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
 
 
 def pick_device(local_rank: int, local_world: int, device: str = "auto") -> torch.device:

@@ -19,7 +19,10 @@ class Transport(Protocol):
     """
 
     def rotate(self, kv: KV, plan: Plan) -> Iterator[tuple[Hop, KV]]:
-        """Yield each of plan.hops, in order, with the slice hop.keys of its source's keys and values.
+        """Yield each of plan.hops, once, with the slice hop.keys of its source's keys and values.
+
+        In an order of the transport's own: plan.hops', but for the hierarchy, which ends with one host's shards before
+        it goes on to the next, and for pull's backward pass, which takes the own shard last.
 
         Work that the caller queues on a hop's tensors before it asks for the next hop is waited for before they are
         overwritten; meanwhile the next shard is on its way. A rank without hops must still exhaust the iterator: it

@@ -10,13 +10,20 @@ True): NCCL's own stream takes its priority from there.
 Only sends and receives are used, no collectives: they are matched per pair of ranks, in the order of a thread of ours,
 whatever collectives the caller issues meanwhile on the same gloo group. A batch of NCCL completes when its messages'
 other ends are posted; callers keep matching messages in rounds of the same number, so no cycle of waits can arise.
+
+Another thread, the group's watch, may ask what is waited for, and end it all (`waiting`, `release`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -26,6 +33,24 @@ from torch import Tensor
 from ringfa3.errors import RankFailed
 
 TAG = 0x7269  # keeps our messages apart from those that a caller exchanges on the same gloo group
+REMEMBERED = 1 << 14  # rounds on their way on CUDA; a stream holds fewer kernels than that
+ORDERLY = 1.0  # seconds that `release` gives a thread inside NCCL to come out of it
+
+
+class Awaited(NamedTuple):
+    """A message that only its sender or receiver holds up."""
+
+    rank: int
+    hop: int
+    round: int  # of the wire, from 1: whose count of rounds is smaller has not posted its part yet
+
+
+class _Round(NamedTuple):
+    """A round on its way on CUDA. Without its tensors: their memory is wanted back as soon as it has landed."""
+
+    awaited: Awaited
+    after: torch.cuda.Event | None
+    arrived: torch.cuda.Event
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +75,19 @@ class Wire:
         self._stream: torch.cuda.Stream | None = None
         # not landed: should a call end in the middle, gloo still owns these buffers
         self.flying: set[Flight] = set()
+        self.rounds = 0  # posted so far, those without messages too
+        self.captured = False  # rounds are in a CUDA graph, where nobody sees when they run
+        self._under_way: deque[_Round] = deque(maxlen=REMEMBERED)
+        self.blocked: Awaited | None = None  # what a thread of the host waits for
+        self._posting, self._asking = threading.Lock(), threading.Lock()
+        self.released = False  # everything was ended, nothing more is sent
+        self.patience = math.inf  # seconds after which torch would end this process; gloo raises an error instead
         if device.type == "cuda" and group is not None:
             self._stream = torch.cuda.Stream(device, priority=-1)
             # with all ranks present: NCCL must not make its communicator for a batch that some of them sit out
             dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+            assert self.group is not None
+            self.patience = self.group._get_backend(device).options._timeout.total_seconds()
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -73,12 +107,15 @@ class Wire:
         Raises:
             RankFailed: a peer is known to be gone.
         """
+        self.rounds += 1
         if not messages:
-            return Flight(self, (), (), hop, None)
+            return Flight(self, (), (), hop, None, self.rounds)
         if self._stream is None:
-            flight = Flight(self, messages, [(m.peer, self._start(m, hop)) for m in messages], hop, None)
+            flight = Flight(self, messages, [(m.peer, self._start(m, hop)) for m in messages], hop, None, self.rounds)
             self.flying.add(flight)
             return flight
+        first = next((m for m in messages if not m.send), messages[0])  # what comes is missed, what goes is not
+        awaited = Awaited(first.peer, hop, self.rounds)
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
@@ -92,12 +129,76 @@ class Wire:
                 )
                 for m in messages
             ]
+            self.blocked = awaited  # the first message of a pair waits for its other end
             try:
-                for work in dist.batch_isend_irecv(ops):
-                    work.wait()  # queues a wait on our stream; the host goes on
+                with self._posting:
+                    self.check()
+                    for work in dist.batch_isend_irecv(ops):
+                        work.wait()  # queues a wait on our stream; the host goes on
             except RuntimeError as error:
-                raise self.failed(messages[0].peer, hop, error) from error
-            return Flight(self, messages, (), hop, self._stream.record_event())
+                raise self.failed(awaited.rank, hop, error) from error
+            finally:
+                self.blocked = None
+            arrived = self._stream.record_event()
+            if torch.cuda.is_current_stream_capturing():
+                self.captured = True
+            else:
+                self._under_way.append(_Round(awaited, after, arrived))
+            return Flight(self, messages, (), hop, arrived, self.rounds)
+
+    def waiting(self) -> Awaited | None:
+        """What is waited for, although everything of our own that comes before it is done. From any thread."""
+        if self.blocked is not None:
+            return self.blocked
+        head = self._head()
+        return head.awaited if head is not None and _done(head.after) else None
+
+    def computing(self) -> bool:
+        """Whether kernels of our own hold up what is to be sent. From any thread.
+
+        Never on CPU, where nothing tells a host that computes from one that is stuck.
+        """
+        head = self._head()
+        return head is not None and not _done(head.after)
+
+    def release(self) -> None:
+        """End everything under way, and refuse more: blocked threads and device queues go on, with garbage.
+
+        From any thread. On CUDA this aborts the group's NCCL communicator for good, and returns when its memory is
+        freed, which waits for the kernels that the device runs.
+        """
+        self.released = True
+        group = None if self._group is None else self._group()
+        if group is None:
+            return
+        if self._stream is None:
+            for flight in list(self.flying):
+                for _, work in flight.works:
+                    with contextlib.suppress(RuntimeError):  # running out of time closes gloo's connections
+                        work.wait(timedelta(milliseconds=1))
+            return
+        held = self._posting.acquire(timeout=ORDERLY)  # who stays inside NCCL for longer is freed by the abort itself
+        try:
+            group._get_backend(self.device).abort()
+        finally:
+            if held:
+                self._posting.release()
+
+    def _head(self) -> _Round | None:
+        """The first round on CUDA that has not landed. Streams are not touched, only events."""
+        with self._asking:
+            while self._under_way:
+                head = self._under_way[0]
+                with torch.cuda.device(self.device):
+                    if not head.arrived.query():
+                        return head
+                self._under_way.popleft()
+            return None
+
+    def check(self) -> None:
+        """Raise RuntimeError after `release`."""
+        if self.released:
+            raise RuntimeError("the group's messages were ended")
 
     def beside(self) -> contextlib.AbstractContextManager[object]:
         """Where tensors that only messages touch are made: on the messages' stream."""
@@ -115,6 +216,7 @@ class Wire:
 
     def _start(self, m: Message, hop: int) -> dist.Work:
         try:
+            self.check()
             if m.send:
                 work = dist.isend(m.tensor, group=self.group, tag=TAG + m.kind, group_dst=m.peer)
             else:
@@ -134,6 +236,7 @@ class Flight:
     works: Sequence[tuple[int, dist.Work]]
     hop: int
     arrived: torch.cuda.Event | None
+    round: int = 0
 
     def land(self) -> None:
         """Wait until all are delivered: the host on CPU, the compute stream on CUDA. Once: gloo would wait for another.
@@ -144,8 +247,19 @@ class Flight:
         if self.arrived is not None:
             torch.cuda.current_stream(self.wire.device).wait_event(self.arrived)
         for peer, work in self.works:
+            self.wire.blocked = Awaited(peer, self.hop, self.round)
             try:
+                self.wire.check()  # gloo would wait once more for what `release` has ended
                 work.wait()
             except RuntimeError as error:
                 raise self.wire.failed(peer, self.hop, error) from error
+            finally:
+                self.wire.blocked = None
         self.wire.flying.discard(self)
+
+
+def _done(event: torch.cuda.Event | None) -> bool:
+    """Whether the device has passed it; None: there was nothing to wait for."""
+    if event is None:
+        return True
+    return bool(event.query())

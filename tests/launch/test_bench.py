@@ -1,22 +1,31 @@
-"""ringfa3 bench attention: a tiny sweep on CPU ranks, its three files, and what figures are made of."""
+"""ringfa3 bench: tiny runs of attention and ring on CPU ranks, their three files, and what figures are made of."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ringfa3_launch.bench import report, timing
-from ringfa3_launch.bench.case import Case, document_lengths, format_size, parse_mask, parse_size
+from ringfa3_launch.bench import kernels, report, ring_report, timing
+from ringfa3_launch.bench.case import Case, document_lengths, format_size, packed_lengths, parse_mask, parse_size
+from ringfa3_launch.bench.guard import Guard
+from ringfa3_launch.bench.match import HOPS, OURS, Entry, Match, Outcome
+from ringfa3_launch.bench.ours import parse_mesh
+from ringfa3_launch.bench.program import estimate
+from ringfa3_launch.bench.ring_matches import CAUSAL, KERNELS, ONE_GPU, beside_causal, duel
+from ringfa3_launch.bench.shard import Shard
 from ringfa3_launch.bench.sweep import Result
 from ringfa3_launch.bench.timing import Clock, Contestant, Memory, Timing
+from ringfa3_launch.bench.verdicts import declared, judge
 
 ROOT = Path(__file__).parents[2]
 SLACK = 2 << 20  # the kernel counts resident pages a batch at a time
@@ -58,7 +67,8 @@ def test_tiny_sweep_writes_the_three_files(tmp_path: Path, environment: dict[str
         assert rows[name, "TFLOP/s", "matrix product"]["ours"] > 0
         error = rows[name, "relative error", "plain attention"]
         assert 0 < error["ours"] <= 2 * error["theirs"] + 1e-6
-        assert rows[name, "GiB", "none"]["ours"] > 1024 * 64 * 4 * 4 / int(name[-6]) / 2**30  # q, k, v and out at least
+        held = 1024 * 64 * 4 * (10 if name.startswith("fwd+bwd") else 4)  # q, k and v; dout; and their gradients
+        assert rows[name, "GiB", "none"]["ours"] > held / int(name[-6]) / 2**30
     for name in names[:2]:
         assert rows[name, "TFLOP/s", "sdpa-math"]["ratio"] > 0
         assert rows[name, "TFLOP/s", "sdpa-flash"]["ratio"] > 0
@@ -182,3 +192,188 @@ def test_sample_is_exact() -> None:
     assert float((sums[:, 0] / sums[:, 1]).max()) < 1e-28
     assert sample.rows[0] == 0
     assert sample.rows[-1] == 95
+
+
+FAKE = """
+import torch
+import torch.distributed as dist
+
+def zigzag_ring_flash_attn_func(q, k, v, causal, group):
+    if dist.get_rank(group) == 1:
+        raise RuntimeError("out of luck")
+    dist.recv(torch.zeros(1), group_src=1, group=group)  # for ever
+
+def stripe_flash_attn_func(q, k, v, causal, group):
+    return 2 * q
+"""
+
+
+def test_ring_takes_itself_apart_whatever_its_peers_do(tmp_path: Path, environment: dict[str, str]) -> None:
+    """One peer hangs on one rank, another computes nonsense, a transport does not exist: all of it is said."""
+    fake = tmp_path / "lib" / "ring_flash_attn"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text(FAKE)
+    environment["PYTHONPATH"] += os.pathsep + str(fake.parent)
+    options = ["--device=cpu", "--seqlens=512", "--heads=2:1", "--head-dim=32", "--dtype=bf16", "--seconds=0.1"]
+    options += ["--transports=ring,mesh:2x1,carrier-pigeon", "--peers=ring-flash-attn-zigzag,ring-flash-attn-stripe"]
+    options += ["--directions=fwd", "--packed=512", "--window=none", "--long=1K", "--limit=8", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "ringfa3_launch", "bench", "ring", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "ring.json").read_text())
+    assert found["command"].startswith("ringfa3 bench ring --device=cpu")
+    assert found["device"].startswith("2 CPU ranks on ")
+    assert all(set(row) == KEYS for row in found["rows"])
+
+    plain = "fwd causal D32 H2:1 S512 W2 bf16"
+    rows = {(row["case"], row["metric"], row["peer"]): row for row in found["rows"]}
+    for transport in ("ring", "mesh:2x1"):
+        for part in ("kernels alone", "one launch", "one GPU"):
+            row = rows[f"{plain} {transport}", "TFLOP/s", part]
+            assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"], rel=2e-3)
+        error = rows[f"{plain} {transport}", "relative error", "plain attention"]
+        assert 0 < error["ours"] <= 2 * error["theirs"]
+    long = rows["fwd+bwd causal D32 H2:1 S1K W2 bf16 one call ring", "TFLOP/s", "none"]
+    assert long["ours"] > 0
+    assert [v["ok"] for v in found["verdicts"] if v["what"].startswith("one call ran")] == [True]
+    assert set(found["rounds"][plain]) == {"ring", "mesh:2x1", "kernels alone", "one launch", "one GPU"}
+    for entry in found["rounds"][plain].values():
+        assert min(entry["ms"]) <= entry["median_ms"] <= max(entry["ms"])
+        assert len(entry["ms"]) >= 2
+    missing = "\n".join(found["missing"])
+    assert "ring-flash-attn-zigzag: RuntimeError: out of luck (on rank 1)" in missing
+    assert "ring-flash-attn-stripe: computes something else here" in missing
+    assert "carrier-pigeon: ValueError: transport: wanted one of" in missing
+    same = [v for v in found["verdicts"] if v["what"].startswith("largest error over one GPU's")]
+    assert [v["ok"] for v in same] == [True]
+    text = (tmp_path / "ring.md").read_text()
+    assert "| ring | " in text
+    assert "carrier-pigeon" in text
+    assert (tmp_path / "ring.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_ring_that_hangs_is_given_up(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Nothing returns within no time: the run ends, says so and leaves what it has."""
+    options = ["--device=cpu", "--seqlens=512", "--heads=2:1", "--head-dim=32", "--packed=none", "--window=none"]
+    options += ["--transports=ring", "--peers=none", "--limit=0.0001", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "ringfa3_launch", "bench", "ring", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert "ringfa3: a call hangs: ring: did not return within 0 s; what was measured before is in" in done.stderr
+    assert json.loads((tmp_path / "ring.json").read_text())["rows"] == []
+
+
+def outcome(shape: Case, seconds: dict[str, float], transports: tuple[str, ...] = ("pull",), **more: object) -> Outcome:
+    match = duel(shape, transports, ("yunchang-zigzag",), 1.0)
+    if shape.mask != "causal":
+        match = beside_causal(shape, transports, ("balanced", "zigzag"), 1.0)
+    flops = {entry.name: entry.case.flops / entry.case.world for entry in match.entries}
+    timings = {name: Timing((t, t, t)) for name, t in seconds.items()}
+    parts: dict[str, dict[str, object]] = {x: {} for x in ("missing", "memory", "outside", "errors", "plain")}
+    return Outcome(match, "cuda", timings, flops, **(parts | more))  # type: ignore[arg-type]
+
+
+def verdicts(*outcomes: Outcome) -> dict[str, bool | None]:
+    return {f"{v.what}, {v.who}": v.ok for v in judge(outcomes)}
+
+
+def test_verdicts_on_the_ring() -> None:
+    shape = Case("fwd", "causal", 128, 32, 8, 64 << 10, 2, "bf16")
+    well = {"pull": 1.02, KERNELS: 1.0, ONE_GPU: 1.9, "yunchang-zigzag": 1.03}
+    errors = {"errors": {"pull": 1.0e-3, ONE_GPU: 1.0e-3}, "plain": {"pull": 2e-3, ONE_GPU: 2e-3}}
+    good = verdicts(outcome(shape, well, memory={"pull": int(declared(shape))}, **errors))
+    assert good["time over kernels alone, pull"] is True
+    assert good["speed over the best peer's, yunchang-zigzag, pull"] is True
+    assert good["largest error over one GPU's, same rows, pull"] is True
+    assert good["peak memory over tensors and declared buffers, pull"] is True
+    errors["errors"]["pull"] = 1.1e-3
+    bad = verdicts(outcome(shape, well | {"pull": 1.04}, memory={"pull": int(1.01 * declared(shape))}, **errors))
+    assert set(bad.values()) == {False, None}
+    assert sum(ok is False for ok in bad.values()) == 4
+    assert bad["speed over one GPU's, pull"] is None  # asked of 4 and 8 GPUs
+    four = verdicts(outcome(replace(shape, world=4), {"pull": 1.0, ONE_GPU: 3.9}))
+    assert four["speed over one GPU's, pull"] is True
+    four = verdicts(outcome(replace(shape, world=4), {"pull": 1.0, ONE_GPU: 3.7}))
+    assert four["speed over one GPU's, pull"] is False
+
+
+def test_verdicts_on_partials_masks_and_weak_scaling() -> None:
+    shape = Case("fwd", "causal", 128, 32, 8, 16 << 10, 2, "bf16")
+    partials = "kernels hop by hop over one launch, kernels alone"
+    assert verdicts(outcome(shape, {"pull": 1.0, KERNELS: 1.01, "one launch": 1.0}))[partials] is True
+    assert verdicts(outcome(shape, {"pull": 1.0, KERNELS: 1.03, "one launch": 1.0}))[partials] is False
+    packed = replace(shape, mask="packed", seqlen=64 << 10)
+    share = packed.flops / replace(packed, mask="causal").flops
+    what = "TFLOP/s on visible pairs over plain causal's, pull balanced"
+    times = {f"{CAUSAL}, pull": 1.0, "pull zigzag": 1.0}
+    assert verdicts(outcome(packed, times | {"pull balanced": share / 0.81}))[what] is True
+    assert verdicts(outcome(packed, times | {"pull balanced": share / 0.79}))[what] is False
+    eight = replace(shape, seqlen=64 << 10, world=8)
+    weak = "speed over 2 ranks' at 8K tokens a rank, pull"
+    assert verdicts(outcome(shape, {"pull": 1.0}), outcome(eight, {"pull": 4.1}))[weak] is True
+    assert verdicts(outcome(shape, {"pull": 1.0}), outcome(eight, {"pull": 4.2}))[weak] is False
+
+
+def test_ring_is_judged_by_its_own_kernels_only() -> None:
+    shape = Case("fwd", "causal", 128, 32, 8, 64 << 10, 2, "bf16")
+    timed = outcome(shape, {"ulysses": 1.0, "pull": 1.2, KERNELS: 1.0, ONE_GPU: 2.0}, ("ulysses", "pull"))
+    assert verdicts(timed)["time over kernels alone, pull"] is False
+    lines = {line[0]: line for line in ring_report.table(timed)}
+    column = ring_report.COLUMNS.index("time/kernels")
+    assert [lines[name][column] for name in ("ulysses", "pull", ONE_GPU)] == ["", "1.200", ""]
+    assert lines[KERNELS][ring_report.COLUMNS.index("ours/it")] == "1.000"  # the fastest of ours is ulysses
+    left_out = replace(timed, missing={"ulysses": "no"})
+    assert ring_report.missing([left_out, left_out]) == [f"ulysses: no ({', '.join(['fwd causal S64K W2'] * 2)})"]
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+def test_kernels_alone_compute_attention(direction: str) -> None:
+    """In a world of one the hops are all there is: out and dq are exact; so is one launch."""
+    shape = Case(direction, "window=20", 16, 4, 2, 96, 1, "fp32")
+    shard = Shard.make(shape, "zigzag", None, torch.device("cpu"), 3)  # type: ignore[arg-type]
+    found = shard.sample.take(kernels.hops(shard, shape)())
+    torch.testing.assert_close(found, tuple(x.float() for x in shard.sample.exact), rtol=1e-4, atol=1e-5)
+    if direction == "fwd":
+        once = shard.sample.take(kernels.one_launch(shard, shape)())
+        torch.testing.assert_close(once, tuple(x.float() for x in shard.sample.exact), rtol=1e-4, atol=1e-5)
+
+
+def test_sample_takes_the_rows_it_is_told() -> None:
+    shape = Case("fwd", "causal", 16, 2, 1, 64, 1, "fp32")
+    shard = Shard.make(shape, "zigzag", None, torch.device("cpu"), 0, torch.tensor([3, 17, 63]))  # type: ignore[arg-type]
+    assert shard.sample.rows.tolist() == [3, 17, 63]
+    assert shard.sample.visible.hi.tolist() == [4, 18, 64]
+
+
+def test_guard_leaves_what_hangs() -> None:
+    guard = Guard(torch.device("cpu"), None, 0.2)
+    assert guard.attempt(lambda: 3).result == 3
+    late = guard.attempt(lambda: time.sleep(5))
+    assert (late.hung, late.reason) == (True, "did not return within 0 s")
+    failed = guard.attempt(lambda: 1 / 0)
+    assert (failed.hung, failed.reason) == (False, "ZeroDivisionError: division by zero")
+
+
+def test_estimate_grows_with_what_is_timed() -> None:
+    shape = case(seqlen=1 << 16, world=2)
+    entry = Entry("a", OURS, shape)
+    one, two = (Match(shape, (entry, Entry("b", HOPS, shape))[:n], 1.0) for n in (1, 2))
+    call = shape.flops / 2 / 1e9
+    assert estimate(one, 1e9, "cuda") == pytest.approx(4 * call, rel=0.05)  # once, once more, and two rounds
+    assert estimate(two, 1e9, "cuda") == pytest.approx(2 * estimate(one, 1e9, "cuda"), rel=0.05)
+    assert estimate(replace(one, seconds=0.0), 1e9, "cuda") == pytest.approx(call, rel=0.05)
+
+
+def test_packed_documents_and_meshes() -> None:
+    lengths = packed_lengths(64 << 10, 0)
+    assert sum(lengths) == 64 << 10
+    assert all(256 <= n <= 32 << 10 for n in lengths[:-1])
+    assert packed_lengths(64 << 10, 0) == lengths != packed_lengths(64 << 10, 1)
+    assert max(packed_lengths(1024, 0)) <= 512
+    assert parse_mask("packed=3") == "packed=3"
+    assert case(mask="packed").flops < case().flops
+    assert parse_mesh("ring") is None
+    assert parse_mesh("mesh:2x4") == (2, 4, "auto")
+    assert parse_mesh("mesh:2x4:hierarchical:2") == (2, 4, "hierarchical:2")
+    with pytest.raises(ValueError, match="--transports: wanted mesh:UxR"):
+        parse_mesh("mesh:2")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ringfa3_launch import RankInfo, launched
-from ringfa3_launch.rank import first_host, pick_device
+from ringfa3_launch.rank import PATIENT_ENVIRONMENT, SAFE_ENVIRONMENT, first_host, init, pick_device
 
 TORCHRUN = {
     "RANK": "5",
@@ -131,3 +133,29 @@ def test_device_must_exist() -> None:
     with pytest.raises(ValueError, match=r"^device: wanted a GPU for each of 1000 ranks"):
         pick_device(0, 1000, "cuda")
     assert pick_device(3, 4, "cpu").type == "cpu"
+
+
+def test_gpu_ranks_send_on_a_stream_of_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By construction: what is handed to torch, which has no NCCL here."""
+    import torch
+    import torch.distributed as dist
+
+    class Options:
+        def __init__(self, is_high_priority_stream: bool = False) -> None:
+            self.is_high_priority_stream = is_high_priority_stream
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in SAFE_ENVIRONMENT | PATIENT_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "set, so that it is put back")
+    with init(RankInfo(0, 1, 0, 1), device="cuda") as device:
+        assert device == torch.device("cuda", 0)
+    assert asked["backend"] == "nccl"
+    assert asked["pg_options"].is_high_priority_stream
+    with init(RankInfo(0, 1, 0, 1), device="cpu"):
+        assert (asked["backend"], asked["pg_options"]) == ("gloo", None)

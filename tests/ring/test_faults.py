@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -31,7 +33,8 @@ def ends_in_the_middle(rank: int, size: int) -> str:
             ringfa3.ring_attention(*qkv, transport="gather")
         attention.attend = kernel
     else:
-        ringfa3.ring_attention(*qkv, transport="gather")
+        with contextlib.suppress(RankFailed):  # where the alarm comes before this call ends
+            ringfa3.ring_attention(*qkv, transport="gather")
     with pytest.raises(RankFailed, match="ended in the middle") as failed:
         ringfa3.ring_attention(*qkv, transport="gather")
     assert failed.value.rank == 0

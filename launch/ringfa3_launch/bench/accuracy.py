@@ -27,15 +27,25 @@ class Sample:
         positions: int64 [n], the rank's.
         inputs: its shard.
         keys: makes the whole k and v [1, S, Hkv, D] (and nothing keeps them).
+        at: int64, ascending: the positions to take instead, all of which the rank holds.
     """
 
     def __init__(
-        self, case: Case, positions: Tensor, inputs: Inputs, keys: Callable[[], tuple[Tensor, Tensor]]
+        self,
+        case: Case,
+        positions: Tensor,
+        inputs: Inputs,
+        keys: Callable[[], tuple[Tensor, Tensor]],
+        at: Tensor | None = None,
     ) -> None:
         self.case, self.inputs, self._keys = case, inputs, keys
         n = positions.numel()
-        self.rows = torch.linspace(0, n - 1, min(SAMPLES, n), device=positions.device).round().long()
-        seen = case.visible.bounds(positions[self.rows].cpu().numpy().astype(np.int64), case.seqlen)
+        if at is None:
+            self.rows = torch.linspace(0, n - 1, min(SAMPLES, n), device=positions.device).round().long()
+        else:
+            self.rows = torch.searchsorted(positions, at)
+        self.positions = positions[self.rows]
+        seen = case.visible.bounds(self.positions.cpu().numpy().astype(np.int64), case.seqlen)
         lo, hi = (torch.from_numpy(x).to(positions.device, torch.int32) for x in seen)
         self.visible = Visible(lo, hi)
 

@@ -8,17 +8,20 @@ import os
 import shlex
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing import Pipe, connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ringfa3_launch.bench.case import DIRECTIONS, DTYPES, PEERS, Sweep, parse_mask, parse_size
+from ringfa3_launch.bench.case import DIRECTIONS, DTYPES, PEERS, RING_PEERS, Sweep, parse_mask, parse_size
 from ringfa3_launch.console import Advance, Console
 from ringfa3_launch.local import local
 from ringfa3_launch.rank import RankInfo, init, launched
 
 if TYPE_CHECKING:
     from ringfa3_launch.bench.sweep import Result
+
+T = TypeVar("T")
 
 DESCRIPTION = """\
 Measure ring attention over sequence lengths and worlds (a world of 1 is one device alone), beside torch's own
@@ -37,7 +40,7 @@ examples:
   ringfa3 bench attention --seqlens 16K,64K,256K --worlds 1,2   on two GPUs, four minutes
   ringfa3 bench attention --mask window=4096 --directions fwd   sliding window, forward only
   ringfa3 bench attention --mask documents --layout balanced    packed documents, dealt so that ranks have equal work
-  ringfa3 bench attention --out docs/results --name ring        also writes ring.json, ring.md, ring.png
+  ringfa3 bench attention --out docs/results                    also writes attention.json, attention.md, attention.png
   ringfa3 bench attention --seqlens 1K --heads 2:1 --head-dim 64 --dtype fp32 --device cpu   tiny, seconds
   launch/torchrun.sh -m ringfa3_launch bench attention          in ranks that torchrun started
 
@@ -54,20 +57,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--head-dim", metavar="D", type=int, default=128, help="default 128")
     what.add_argument("--dtype", choices=DTYPES, help="default GPU bf16, CPU fp32")
     what.add_argument(
-        "--mask", default="causal", help="causal (default), full, window=TOKENS, documents or documents=COUNT (packed)"
+        "--mask",
+        default="causal",
+        help="causal (default), full, window=TOKENS, documents[=COUNT] or packed[=SEED]",
     )
     what.add_argument("--directions", metavar="LIST", default=",".join(DIRECTIONS), help="of fwd,fwd+bwd (both)")
     how = parser.add_argument_group("how")
     how.add_argument("--layout", choices=("zigzag", "contiguous", "striped", "balanced"), default="zigzag")
-    how.add_argument("--transport", default="auto", help="auto (default), ring, gather")
+    how.add_argument("--transport", default="auto", help="as ring_attention's: auto (default), ring, gather, ...")
     how.add_argument("--impl", default="auto", help="kernels: auto (default), hopper, portable, aten, reference")
-    how.add_argument("--peers", metavar="LIST", help=f"of {','.join(PEERS)} (default: all; 'none' for none)")
+    how.add_argument("--peers", metavar="LIST", help=f"default {','.join(PEERS)}; 'none'; any of `bench ring`'s")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     how.add_argument("--seconds", type=float, default=4.0, help="spent on a case's rounds, at least two (default 4)")
     how.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", type=Path, help="also write NAME.json, NAME.md and NAME.png there")
-    output.add_argument("--name", default="ring", help="default ring")
+    output.add_argument("--name", default="attention", help="default attention")
     output.add_argument("--json", action="store_true", help="print the JSON document instead of the table")
 
 
@@ -78,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
     silent = info is not None and info.rank > 0
     console = Console(rich=not silent)
     if args.out is not None and not silent:
-        _announce_plot(console)
-    if info is None:
-        results = _in_local_ranks(sweep, console)
-    else:
-        results = _in_this_rank(info, sweep, console)
-        if silent:
-            return 0
+        announce_plot(console)
+    from ringfa3_launch.bench.sweep import measure, program
+
+    steps = len(program(sweep).matches)
+    results = in_ranks(measure, sweep, steps, max(sweep.worlds), info, console, device=sweep.device)
+    if silent:
+        return 0
     return _report(args, sweep, results, console)
 
 
@@ -100,18 +105,18 @@ def sweep_from(args: argparse.Namespace, info: RankInfo | None) -> Sweep:
     import torch
 
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
-    most = info.world if info is not None else gpus or max(2, *_integers("--worlds", args.worlds or "2"))
-    worlds = _integers("--worlds", args.worlds) if args.worlds else tuple(w for w in _powers(most))
+    most = info.world if info is not None else gpus or max(2, *integers("--worlds", args.worlds or "2"))
+    worlds = integers("--worlds", args.worlds) if args.worlds else tuple(w for w in _powers(most))
     if min(worlds) < 1 or max(worlds) > most:
         what = "ranks that the launcher started" if info is not None else "GPUs"
         raise ValueError(f"--worlds: wanted 1..{most} ({what}), got {','.join(map(str, worlds))}")
-    heads = _integers("--heads", args.heads or ("32:8" if gpus else "4:2"), ":")
+    heads = integers("--heads", args.heads or ("32:8" if gpus else "4:2"), ":")
     if len(heads) != 2 or min(heads) < 1 or heads[0] % heads[1]:
         raise ValueError(f"--heads: wanted Q:KV with Q a multiple of KV, such as 32:8, got {args.heads!r}")
     directions = tuple(args.directions.split(","))
-    _subset("--directions", directions, DIRECTIONS)
+    subset("--directions", directions, DIRECTIONS)
     peers = () if args.peers == "none" else tuple(args.peers.split(",")) if args.peers else PEERS
-    _subset("--peers", peers, PEERS)
+    subset("--peers", peers, (*PEERS, *RING_PEERS))
     seqlens = args.seqlens or ("1K,4K,16K,64K" if gpus else "1K,2K,4K")
     return Sweep(
         seqlens=tuple(sorted({parse_size(size) for size in seqlens.split(",")})),
@@ -132,16 +137,39 @@ def sweep_from(args: argparse.Namespace, info: RankInfo | None) -> Sweep:
     )
 
 
-def _in_local_ranks(sweep: Sweep, console: Console) -> list[Result]:
-    """Start as many ranks as the largest world has; rank 0 tells this process how far they are."""
-    from ringfa3_launch.bench.sweep import measure, steps
+def in_ranks(
+    measure: Callable[..., T],
+    asked: Any,
+    steps: int,
+    world: int,
+    info: RankInfo | None,
+    console: Console,
+    *,
+    device: str,
+    more: tuple[Any, ...] = (),
+) -> T:
+    """What measure(info, asked, listener, *more) returns on rank 0, or (info given) here, with a progress bar.
 
+    Args:
+        measure: of a module's top level; listener is a pipe's end or a callable that takes (text, steps done), or None.
+        asked: what it measures.
+        steps: how many it reports.
+        world: ranks to start, where info is None.
+        info: this rank, where a launcher started it.
+        device: "cuda" or "cpu".
+    """
+    if info is not None:
+        with init(info, device=device):
+            if info.rank > 0:
+                return measure(info, asked, None, *more)
+            with console.progress(steps) as advance:
+                return measure(info, asked, advance, *more)
     reader, writer = Pipe(duplex=False)
-    with console.progress(steps(sweep)) as advance:
+    with console.progress(steps) as advance:
         listener = threading.Thread(target=_listen, args=(reader, advance), daemon=True)
         listener.start()
         try:
-            return local(max(sweep.worlds), measure, sweep, writer, device=sweep.device)[0]
+            return local(world, measure, asked, writer, *more, device=device)[0]
         finally:
             writer.close()  # the ranks' copies are closed: the listener reads to the end and stops
             listener.join(5)
@@ -156,19 +184,9 @@ def _listen(reader: connection.Connection, advance: Advance) -> None:
         advance(text, steps)
 
 
-def _in_this_rank(info: RankInfo, sweep: Sweep, console: Console) -> list[Result]:
-    from ringfa3_launch.bench.sweep import measure, steps
-
-    with init(info, device=sweep.device):
-        if info.rank > 0:
-            return measure(info, sweep, None)
-        with console.progress(steps(sweep)) as advance:
-            return measure(info, sweep, advance)
-
-
 def _report(args: argparse.Namespace, sweep: Sweep, results: list[Result], console: Console) -> int:
     from ringfa3_launch.bench import report
-    from ringfa3_launch.bench.peers import applies
+    from ringfa3_launch.bench.ring_peers import applies
 
     command = shlex.join(["ringfa3", *sys.argv[1:]])
     document = report.document(results, command=command)
@@ -186,14 +204,20 @@ def _report(args: argparse.Namespace, sweep: Sweep, results: list[Result], conso
     return 1 if any(result.failure for result in results) else 0
 
 
-def _announce_plot(console: Console) -> None:
+def announce_plot(console: Console) -> None:
+    """Say now that there will be no plot, where there will be none."""
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plot will be written (pip install 'ringfa3[bench]')", file=console.err)
 
 
-def _integers(option: str, text: str, separator: str = ",") -> tuple[int, ...]:
+def integers(option: str, text: str, separator: str = ",") -> tuple[int, ...]:
+    """An option's integers.
+
+    Raises:
+        ValueError: it has others; names the option.
+    """
     parts = text.split(separator)
     if not all(part.strip().isdigit() for part in parts):
         raise ValueError(f"{option}: wanted integers separated by '{separator}', got {text!r}")
@@ -204,7 +228,8 @@ def _powers(most: int) -> list[int]:
     return sorted({w for w in (1 << i for i in range(most.bit_length())) if w <= most} | {most})
 
 
-def _subset(option: str, got: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+def subset(option: str, got: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the option, unless all that it got is wanted."""
     for name in got:
         if name not in wanted:
             raise ValueError(f"{option}: wanted {', '.join(wanted)}, got {name!r}")

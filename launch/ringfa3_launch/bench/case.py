@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 DIRECTIONS = ("fwd", "fwd+bwd")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PEERS = ("sdpa-math", "sdpa-flash", "sdpa-cudnn", "fa3", "context-parallel", "context-parallel-cudnn")
+RING_PEERS = (
+    "context-parallel-fa3",
+    "context-parallel-fa3-alltoall",
+    "context-parallel-cudnn",
+    "context-parallel",
+    "ring-flash-attn-zigzag",
+    "ring-flash-attn-stripe",
+    "yunchang-zigzag",
+    "yunchang-ulysses",
+)
+PACKED = (256, 32 << 10)  # shortest and longest document of mask "packed"
 DOCUMENTS = 16  # packed documents a sequence of mask "documents" is made of
 
 
@@ -77,6 +88,8 @@ class Case:
             return Mask(causal=True, window=(parse_size(value) - 1, 0))
         if kind == "documents":
             return Mask(causal=True, documents=document_lengths(self.seqlen, int(value or DOCUMENTS)))
+        if kind == "packed":
+            return Mask(causal=True, documents=packed_lengths(self.seqlen, int(value or 0)))
         return Mask(causal=kind == "causal")
 
     @property
@@ -92,6 +105,20 @@ def document_lengths(seqlen: int, documents: int) -> tuple[int, ...]:
     weights = np.random.default_rng(documents).lognormal(0.0, 0.8, documents)
     edges = np.rint(np.cumsum(weights) / weights.sum() * seqlen).astype(int)
     return tuple(int(x) for x in np.diff(edges, prepend=0))
+
+
+def packed_lengths(seqlen: int, seed: int) -> tuple[int, ...]:
+    """Lengths of packed documents drawn log-uniformly until the sequence is full, the last one cut short.
+
+    From 256 to 32K tokens; in a sequence below 64K, from at most a 64th of it to half of it.
+    """
+    random, lengths, left = np.random.default_rng(seed), [], seqlen
+    shortest, longest = min(PACKED[0], max(1, seqlen // 64)), min(PACKED[1], max(1, seqlen // 2))
+    while left:
+        drawn = int(np.exp(random.uniform(np.log(shortest), np.log(longest))).round())
+        lengths.append(min(drawn, left))
+        left -= lengths[-1]
+    return tuple(lengths)
 
 
 def parse_size(text: str) -> int:
@@ -115,7 +142,7 @@ def format_size(n: int) -> str:
 
 
 def parse_mask(text: str) -> str:
-    """The mask option, checked: "causal", "full", "window=4096" or "documents[=16]".
+    """The mask option, checked: "causal", "full", "window=4096", "documents[=16]" or "packed[=SEED]".
 
     Raises:
         ValueError: no mask has that name or its number is wrong.
@@ -123,9 +150,15 @@ def parse_mask(text: str) -> str:
     kind, equals, value = text.partition("=")
     if kind == "window" and equals:
         return f"window={parse_size(value)}"
-    if text in ("causal", "full", "documents") or (kind == "documents" and value.isdigit() and int(value) > 0):
+    if text in ("causal", "full", "documents", "packed") or (
+        kind == "documents" and value.isdigit() and int(value) > 0
+    ):
         return text
-    raise ValueError(f"--mask: wanted causal, full, window=TOKENS, documents or documents=COUNT, got {text!r}")
+    if kind == "packed" and value.isdigit():
+        return text
+    raise ValueError(
+        f"--mask: wanted causal, full, window=TOKENS, documents, documents=COUNT, packed or packed=SEED, got {text!r}"
+    )
 
 
 def mask_token(mask: str) -> str:

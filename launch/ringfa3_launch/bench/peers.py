@@ -1,15 +1,14 @@
-"""Whom we are measured against: torch's own attention and, where it can be imported, FlashAttention-3."""
+"""Whom one device is measured against: torch's own attention and, where it can be imported, FlashAttention-3."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,22 +44,12 @@ class Peer:
     session: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def applies(name: str, world: int) -> bool:
-    """Whether the peer is made for worlds of this size: torch's ring for several ranks, the others for one."""
-    return (world > 1) == name.startswith("context-parallel")
-
-
-def prepare(name: str, case: Case, inputs: Inputs, group: dist.ProcessGroup) -> Peer:
-    """The peer of that name on these inputs (in zigzag order, where the world is larger than 1).
-
-    Args:
-        name: of one that applies.
+def prepare(name: str, case: Case, inputs: Inputs) -> Peer:
+    """The one-device peer of that name on the whole sequence.
 
     Raises:
         Missing: it cannot run the case here.
     """
-    if name.startswith("context-parallel"):
-        return _context_parallel(name, case, inputs, group)
     return _fa3(case, inputs) if name == "fa3" else _sdpa(name, case, inputs)
 
 
@@ -172,35 +161,3 @@ def _fa3(case: Case, inputs: Inputs) -> Peer:
 def _differentiable(out: Tensor) -> bool:
     """Whether backward would work: torch gives operators that have none a node that says so when it is too late."""
     return out.grad_fn is not None and "NotImplemented" not in type(out.grad_fn).__name__
-
-
-def _context_parallel(name: str, case: Case, inputs: Inputs, group: dist.ProcessGroup) -> Peer:
-    if inputs.q.device.type != "cuda":
-        raise Missing("torch's ring covers CUDA's attention operators only")
-    if case.mask != "causal":
-        raise Missing(f"its load-balanced ring is causal only (mask {case.mask})")
-    if case.seqlen % (2 * case.world):
-        raise Missing(f"wants a length divisible by {2 * case.world}, got {case.seqlen}")
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor.experimental import context_parallel
-
-    mesh = DeviceMesh.from_group(group, inputs.q.device.type)
-    backend = SDPBackend.CUDNN_ATTENTION if name.endswith("cudnn") else SDPBackend.FLASH_ATTENTION
-    # its native layout is [B, H, S, D]
-    backward = case.direction == "fwd+bwd"
-    q, k, v = (x.detach().transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v))
-    dout = inputs.dout.transpose(1, 2).contiguous() if backward else inputs.dout
-    native = Inputs(q.requires_grad_(backward), k.requires_grad_(backward), v.requires_grad_(backward), dout)
-    # shards are made by the caller; entering the context with a small buffer is what turns its attention on
-    buffer = torch.zeros(1, 2 * case.world, device=q.device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-    @contextmanager
-    def session() -> Iterator[None]:
-        with sdpa_kernel(backend), context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1]):
-            yield
-
-    call = both(attend, case, native)
-    return Peer(lambda: tuple(x.transpose(1, 2) for x in call()), session)

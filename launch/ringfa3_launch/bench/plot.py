@@ -12,7 +12,8 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot
 
 from ringfa3_launch.bench.case import DIRECTIONS, format_size
-from ringfa3_launch.bench.sweep import GEMM, OURS, Result
+from ringfa3_launch.bench.match import GEMM, OURS
+from ringfa3_launch.bench.sweep import Result
 
 Figure = Callable[[Result], float | None]  # a case's figure, or None
 

@@ -15,7 +15,9 @@ import ringfa3_kernels
 import ringfa3_launch
 from ringfa3_launch import machine
 from ringfa3_launch.bench.case import format_size, mask_token
-from ringfa3_launch.bench.sweep import GEMM, OURS, Result
+from ringfa3_launch.bench.match import GEMM, OURS
+from ringfa3_launch.bench.sweep import Result
+from ringfa3_launch.bench.timing import Timing
 from ringfa3_launch.console import Console
 
 # Dense matrix rates by datasheet, TFLOP/s: (bf16 and fp16, fp32 without tf32). The first name that fits counts.
@@ -58,7 +60,7 @@ def rows(results: Sequence[Result], peak: float | None) -> list[dict[str, Any]]:
     found = []
     for result in results:
         rates = result.tflops(OURS)
-        ours, spread = (None, None) if rates is None else (rates.median, _spread(rates))
+        ours, spread = (None, None) if rates is None else (rates.median, half_range(rates))
         compared: dict[str, float | None] = {
             name: timing.median for name in peer_names(result) if (timing := result.tflops(name))
         }
@@ -131,7 +133,11 @@ def speed_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for result in results:
         rates = result.tflops(OURS)
-        line = [*_head(result), f"{rates.median:.4g}" if rates else "failed", f"{_spread(rates):.2g}" if rates else ""]
+        line = [
+            *_head(result),
+            f"{rates.median:.4g}" if rates else "failed",
+            f"{half_range(rates):.2g}" if rates else "",
+        ]
         for peer in peers:
             theirs = result.tflops(peer)
             ratio = f" ({rates.median / theirs.median:.2f}x)" if rates and theirs else ""
@@ -174,7 +180,7 @@ def missing(results: Sequence[Result]) -> list[str]:
             reasons.setdefault((name, reason), []).append(where)
         if result.failure:
             reasons.setdefault(("ours FAILED", result.failure), []).append(where)
-    return [f"{name}: {reason} ({_abridged(where)})" for (name, reason), where in reasons.items()]
+    return [f"{name}: {reason} ({abridged(where)})" for (name, reason), where in reasons.items()]
 
 
 def title(results: Sequence[Result]) -> str:
@@ -281,7 +287,8 @@ def _key(result: Result) -> tuple[int, str]:
     return result.case.seqlen, result.case.direction
 
 
-def _spread(rates: Any) -> float:
+def half_range(rates: Timing) -> float:
+    """Half the way from the 20th to the 80th percentile."""
     return float(rates.quantile(0.8) - rates.quantile(0.2)) / 2
 
 
@@ -290,5 +297,6 @@ def _round(x: float | None) -> float | None:
     return None if x is None else float(f"{x:.4g}")
 
 
-def _abridged(names: list[str]) -> str:
+def abridged(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

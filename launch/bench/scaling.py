@@ -1,0 +1,157 @@
+"""Scaling of ring attention over the GPUs of one host: strong, weak, every transport, beside other ring libraries.
+
+Not shipped. On the GPUs of this machine, or in ranks that torchrun started:
+
+    python launch/bench/scaling.py --seconds 500 --out docs/results
+    python launch/bench/scaling.py --device cpu --world 2 --unit 16 --heads 2:1 --head-dim 32    a dry run, a minute
+
+Machines of 4 and 8 GPUs are lent for minutes: cases come in order of importance, those that would not fit into
+--seconds are skipped by name, and scaling.json is written anew after every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ringfa3_launch.bench.attention import integers, subset
+from ringfa3_launch.bench.case import DTYPES, RING_PEERS, Case
+from ringfa3_launch.bench.match import Match
+from ringfa3_launch.bench.ours import parse_mesh
+from ringfa3_launch.bench.program import Program
+from ringfa3_launch.bench.ring import TRANSPORTS, meshes, play, report_on
+from ringfa3_launch.bench.ring_matches import KERNELS, ONE_GPU, beside_causal, duel, single
+from ringfa3_launch.console import Console
+from ringfa3_launch.rank import RankInfo, launched
+
+LONGEST = {2: 1024, 4: 1024, 8: 2048}  # units of tokens: what this many GPUs have to get through, forward and backward
+ENOUGH = 5  # rounds of a case that is judged
+
+
+def main() -> int:
+    """Measure, print and write; returns the exit status."""
+    args = parser().parse_args()
+    info = RankInfo.from_env() if launched() else None
+    program, heading = asked(args, info)
+    silent = info is not None and info.rank > 0
+    console = Console(rich=not silent)
+    notes = absent()
+    world = max(match.case.world for match in program.matches)
+    played = play(program, world, info, console, heading=heading, out=args.out, name=args.name, notes=notes)
+    return 0 if silent else report_on(played, heading, console, notes=notes)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--world", type=int, help="ranks (default: all GPUs, or those that torchrun started; CPU 2)")
+    options.add_argument("--seconds", type=float, default=500.0, help="for everything (default 500)")
+    options.add_argument("--rounds", type=float, default=3.0, help="seconds of a case's rounds (default 3)")
+    options.add_argument("--limit", type=float, default=90.0, help="seconds that a first call may take (default 90)")
+    options.add_argument("--transports", metavar="LIST", help="default: all that ringfa3 has for this world")
+    options.add_argument("--peers", metavar="LIST", help=f"of {','.join(RING_PEERS)}; default all, 'none' for none")
+    options.add_argument("--heads", metavar="Q:KV", default="32:8")
+    options.add_argument("--head-dim", type=int, default=128)
+    options.add_argument("--dtype", choices=DTYPES, help="default GPU bf16, CPU fp32")
+    options.add_argument("--impl", default="auto")
+    options.add_argument("--unit", type=int, default=1024, help="tokens that 1K stands for; less for a dry run")
+    options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", type=Path, help="folder for NAME.json, NAME.md and NAME.png")
+    options.add_argument("--name", default="scaling")
+    return options
+
+
+def asked(args: argparse.Namespace, info: RankInfo | None) -> tuple[Program, str]:
+    """The program of these options, and its heading.
+
+    Raises:
+        ValueError: an option is wrong; names it.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    most = info.world if info is not None else gpus or max(2, args.world or 2)
+    world = args.world or most
+    if (world != most and info is not None) or not 2 <= world <= most:
+        raise ValueError(f"--world: wanted {most}, the ranks there are, got {world}")
+    heads = integers("--heads", args.heads, ":")
+    if len(heads) != 2 or min(heads) < 1 or heads[0] % heads[1]:
+        raise ValueError(f"--heads: wanted Q:KV with Q a multiple of KV, got {args.heads!r}")
+    peers = () if args.peers == "none" else tuple(args.peers.split(",")) if args.peers else RING_PEERS
+    subset("--peers", peers, RING_PEERS)
+    transports = args.transports.split(",") if args.transports else default_transports(world)
+    for name in transports:
+        parse_mesh(name)
+    case = Case("fwd", "causal", args.head_dim, *heads, args.unit, world, args.dtype or ("bf16" if gpus else "fp32"))
+    matches = plan_of(case, transports, peers, unit=args.unit, rounds=args.rounds, impl=args.impl)
+    program = Program(tuple(matches), "cuda" if gpus else "cpu", args.seed, args.limit, args.seconds)
+    return program, f"scaling to {world} ranks, D{case.D}, H{case.Hq}:{case.Hkv}, {case.dtype}"
+
+
+def default_transports(world: int) -> list[str]:
+    """Everything: the rings, two simulated hosts, gather, Ulysses and the 2-D meshes."""
+    pull, ring, *others = TRANSPORTS
+    hosts = [f"hierarchical:{world // 2}"] if world % 2 == 0 else []
+    return [pull, ring, *hosts, *others, *meshes(world)]
+
+
+def plan_of(
+    case: Case, transports: list[str], peers: tuple[str, ...], *, unit: int, rounds: float, impl: str
+) -> list[Match]:
+    """The matches, most important first; lengths in units.
+
+    Judged: 64K forward (the world's 8K or 16K a GPU), then 16K on 4 GPUs or 32K a GPU on 8, backward, packed
+    documents, weak scaling from 2, the longest sequence. The rest follows as far as time allows.
+    """
+    world = case.world
+    flat = [name for name in transports if name != "gather" and "mesh" not in name]
+    lead = flat[:1] or transports[:1]
+
+    def at(length: int, ranks: int = world, direction: str = "fwd", mask: str = "causal") -> Case:
+        return replace(case, seqlen=length * unit, world=ranks, direction=direction, mask=mask)
+
+    def full(length: int, direction: str = "fwd") -> Match:
+        work = length * (3.5 if direction == "fwd+bwd" else 1.0)
+        parts = (KERNELS, ONE_GPU) if work <= 256 else (KERNELS,)  # one GPU takes a second a call there
+        return duel(at(length, direction=direction), transports, peers, rounds, parts=parts, impl=impl, fewest=ENOUGH)
+
+    def ours(length: int, ranks: int, direction: str = "fwd") -> Match:
+        return duel(at(length, ranks, direction), flat[:2], (), rounds, parts=(KERNELS,), impl=impl, fewest=ENOUGH)
+
+    subworlds = [w for w in (2, 4) if w < world]
+    longest = LONGEST.get(world, 1024)
+    found = [full(64), full(256 if world >= 8 else 16), full(64, "fwd+bwd")]
+    found.append(beside_causal(at(64, mask="packed"), lead, ("balanced", "zigzag"), rounds, impl=impl))
+    found += [ours(n * w, w) for n in (8, 32) for w in subworlds]  # weak, from fewer ranks
+    found += [duel(at(n * world), flat, (), rounds, parts=(KERNELS,), impl=impl) for n in (8, 32)]
+    found.append(single(at(longest, direction="fwd+bwd"), lead, impl=impl))
+    found += [ours(64, w) for w in subworlds] + [ours(64, w, "fwd+bwd") for w in subworlds]  # strong
+    found.append(beside_causal(at(256, mask=f"window={4 * unit}"), lead, ("zigzag",), rounds, impl=impl))
+    found += [full(16), full(128), full(256), full(256, "fwd+bwd"), full(32), full(512)]
+    found.append(single(at(longest), flat, impl=impl))
+    return _once(found)
+
+
+def absent() -> tuple[str, ...]:
+    """What is part of the scaling run and cannot be measured in this version."""
+    if importlib.util.find_spec("ringfa3.inference") is not None:
+        reason = "ringfa3.inference is there, but this script has no rows for it yet"
+    else:
+        reason = "ringfa3.inference does not exist in this version"
+    return f"decode merge latency: {reason}", f"128K prefill of the 8B shape: {reason}"
+
+
+def _once(matches: list[Match]) -> list[Match]:
+    """Each case the first time it comes, which is its fullest match."""
+    found: dict[str, Match] = {}
+    for match in matches:
+        found.setdefault(match.name, match)
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

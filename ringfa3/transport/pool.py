@@ -1,0 +1,132 @@
+"""A pool: the shared buffers and flags of the ranks of one host, kept between calls and layers.
+
+A channel is a buffer of every member and the flags on it. Its owner fills it once all who read it last have done so
+(`vacate`), and offers it to readers; each of them fetches what it needs. Buffers grow when a call needs larger ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ringfa3.errors import RankFailed
+from ringfa3.transport.commons import Commons, Mark, Queue
+from ringfa3.transport.flags import CHANNELS
+
+SHARD, SPARE, GRADIENT, SUM = range(CHANNELS)  # SPARE: the hierarchy's second shard; SUM: not a buffer of its own
+GRAIN = 2 << 20  # bytes; physical GPU memory is mapped in such pages
+GROWTH = 8  # a buffer that grows does so by an eighth at least: lengths that creep up must not make one each
+
+
+class Pool:
+    """See the module.
+
+    Args:
+        commons: of the members; ranks are numbered as there, `members` gives their ranks in the group.
+    """
+
+    def __init__(self, commons: Commons) -> None:
+        self.commons = commons
+        self.members = commons.meeting.members
+        self.rank, self.world = commons.flags.rank, commons.flags.world
+        self._buffers: dict[int, tuple[Tensor, ...]] = {}
+        self._graphed: set[int] = set()  # channels whose buffers a CUDA graph holds on to
+        self._kept: list[tuple[Tensor, ...]] = []  # grown out of, but in a graph
+        self._last: dict[int, Mark] = {}  # the end of the last call, by capture
+
+    def begin(self) -> Queue:
+        """The caller's queue, after the calls before this one, whatever queue they were on.
+
+        A call that is captured into a CUDA graph comes after those captured with it; the order of replays and of
+        other calls is up to whoever replays.
+        """
+        queue = self.commons.here()
+        capture = self.commons.capture()
+        if capture in self._last:
+            queue.follow(self._last[capture])
+        return queue
+
+    def end(self, queue: Queue, *beside: Queue) -> None:
+        """The call is queued; what it had done beside the caller's queue is waited for there."""
+        for other in beside:
+            queue.follow(other.mark())
+        capture = self.commons.capture()
+        # marks of captures that are over are of no use to anybody
+        self._last = {number: mark for number, mark in self._last.items() if number == 0} | {capture: queue.mark()}
+
+    def beside(self, number: int, queue: Queue) -> Queue:
+        """One of our own queues, after everything that the caller's was given so far."""
+        other = self.commons.beside(number)
+        other.follow(queue.mark())
+        return other
+
+    def buffers(self, channel: int, size: int) -> tuple[Tensor, ...]:
+        """Every member's buffer, uint8, of at least this size, which all of them give alike.
+
+        Raises:
+            RuntimeError: larger ones are needed in the middle of a CUDA graph capture.
+            MemoryError: some rank has no room, on every rank.
+        """
+        held = self._buffers.get(channel)
+        capturing = self.commons.capture() != 0
+        if held is None or held[0].numel() < size:
+            if capturing:
+                raise RuntimeError("transport: its buffers would grow, which a capture cannot do: run once before it")
+            grown = size if held is None else max(size, held[0].numel() + held[0].numel() // GROWTH)
+            self.commons.drain()
+            self.commons.meeting.exchange(None)  # nobody reads the old ones any more
+            if held is not None and channel in self._graphed:
+                self._kept.append(held)
+            self._buffers.pop(channel, None)
+            held = None  # first let go, then take: both may not fit
+            held = self._buffers[channel] = self.commons.share(-(-grown // GRAIN) * GRAIN)
+        if capturing:
+            self._graphed.add(channel)
+        return held
+
+    def vacate(self, queue: Queue, channel: int, hop: int, readers: Sequence[int] | None = None) -> None:
+        """What the queue does next comes after these readers (all, where None) have read our buffer."""
+        asked = [r for r in (range(self.world) if readers is None else readers) if r != self.rank]
+        if asked:
+            queue.run(self.commons.flags.emptied(queue.number, channel, asked, hop))
+
+    def offer(self, queue: Queue, channel: int, readers: Sequence[int]) -> None:
+        """These readers may read our buffer, once the queue is here. Each of them must fetch."""
+        if readers:
+            queue.run(self.commons.flags.fill(channel, list(readers)))
+
+    def fetch(self, queue: Queue, channel: int, owner: int, hop: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy from the owner's buffer, once it has offered it to us: contiguous pairs (target, source)."""
+        queue.run(self.commons.flags.filled(queue.number, channel, owner, hop))
+        queue.copy(pairs)
+        queue.run(self.commons.flags.empty(channel, owner))
+
+    def waiting(self) -> tuple[int, int] | None:
+        """(rank of the group waited for, hop) where one of this rank's queues waits now, else None."""
+        found = self.commons.flags.waiting(self.rank)
+        return None if found is None else (self.members[found[0]], found[1])
+
+    def release(self) -> None:
+        """End this rank's waits, for a rank that will not come; what is computed then is worth nothing.
+
+        Whoever gives this rank's queues more gets RankFailed. From any thread; returns at once.
+        """
+        member, hop = self.commons.flags.waiting(self.rank) or (self.rank, None)
+        peer = self.commons.peers[member]
+        message = "its process has ended" if peer.dead() else "the call was given up while it was waited for"
+        self.commons.release(RankFailed(self.members[member], peer.host, hop, message))
+
+
+def pieces(target: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape as few pairs of contiguous ones: what can be copied whole. The target is contiguous."""
+    if source.is_contiguous():
+        return [(target, source)]
+    return [pair for t, s in zip(target, source, strict=True) for pair in pieces(t, s)]
+
+
+def view(buffer: Tensor, size: Sequence[int], dtype: torch.dtype, *, offset: int = 0) -> Tensor:
+    """A tensor in a buffer of bytes, from this byte on."""
+    count = torch.Size(size).numel() * dtype.itemsize
+    return buffer[offset : offset + count].view(dtype).view(tuple(size))
