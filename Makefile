@@ -40,7 +40,7 @@ test: .venv/installed .triton-next/installed ## the whole suite, on two cores
 	$(PY) -m pytest -q -n 2 --dist loadfile
 
 test-gpu: $(ENV) ## the gpu tests, on this machine's GPUs; writes docs/results/gpu_receipt.json
-	$(PY) -m pytest tests/gpu -q -p no:benchmark -n 8 --dist loadgroup --receipt docs/results/gpu_receipt.json
+	$(PY) -m pytest tests/gpu -q -p no:benchmark -n 12 --dist loadgroup --receipt docs/results/gpu_receipt.json
 
 bench: $(ENV) ## attention benchmark: table, JSON and plot under docs/results
 	$(PY) -m ringfa3_launch bench attention --out docs/results

@@ -29,11 +29,14 @@ Signature = tuple[tuple[str, Hashable], ...]  # (name, value) of everything that
 
 ROWS = 44  # bits of a note's second number for rows; the state is above them
 FINE, WRONG, GAVE_UP, BROKEN = range(4)  # states: a usable call, an error in its arguments, and see OVER
+ENDED = "its process has ended"
 OVER = {GAVE_UP: "gave up waiting; this rank came too late", BROKEN: "a call of it ended in the middle"}
 SPINS = 50  # polls before giving the processor away; about 25 us, what ranks in step differ by
 WATCH = 0.05  # seconds between looks at whether the missing ranks live
 SETTLE = 0.01  # seconds for alarms of the same moment to meet, so that all ranks hear the same one
 CLIP = 160  # characters of a value in a message
+ENDING = 0.1  # seconds that a dying process may take from its connections' end to its own
+BACKWARD = "call whose backward pass this is"  # name of the value that a backward pass agrees on
 
 
 class Agreement:
@@ -127,7 +130,7 @@ class Agreement:
             if not isinstance(error, RankFailed):
                 self.fail(RankFailed(self.rank, self.hosts[self.rank], None, OVER[BROKEN]))
                 return None
-            self.fail(error)
+            self.fail(self._explained(error))
         return self._failure
 
     def fail(self, error: RankFailed, board: Board | None = None) -> RankFailed:
@@ -157,6 +160,18 @@ class Agreement:
         alarms = (board or self._board).alarms()
         return RankFailed(**json.loads(alarms[min(alarms)])) if alarms else None
 
+    def _explained(self, error: RankFailed) -> RankFailed:
+        """The error; or where that rank's process has ended meanwhile, this, which is why its messages stay away."""
+        peer = self.peers[error.rank]
+        deadline = time.monotonic() + ENDING
+        while error.rank != self.rank and peer.near() and time.monotonic() < deadline:
+            if peer.dead():
+                return RankFailed(error.rank, peer.host, error.hop, ENDED)
+            if self._board.alarms():  # says more
+                break
+            time.sleep(1e-3)
+        return error
+
     def _texts(self, signature: Signature, error: Exception | None, own: tuple[int, int]) -> list[dict[str, str]]:
         """What every rank has to say for itself: its error, or its signature."""
         call, board = self._call, self._board
@@ -185,7 +200,7 @@ class Agreement:
                     self._fail(ranks[0], "failed", own)
                 gone = [rank for rank in ranks if self.peers[rank].dead()]
                 if gone and set(gone) & set(missing(gone)):  # not a last word before it died
-                    self._fail(gone[0], "its process has ended", own)
+                    self._fail(gone[0], ENDED, own)
             if now - start > self.timeout:
                 listed = ", ".join(map(str, ranks))
                 self._fail(ranks[0], f"no call of rank {listed} within {self.timeout:g} s", own)
@@ -232,16 +247,33 @@ def _difference(texts: list[dict[str, str]]) -> str:
     errors = [f"rank {rank}: {said['error']}" for rank, said in enumerate(texts) if "error" in said]
     if errors:
         return "; ".join(errors)
+    if any(BACKWARD in said for said in texts):
+        return _crossed([said.get(BACKWARD) for said in texts])
     differing = []
     for name in dict.fromkeys(name for said in texts for name in said):
         holders: dict[str, list[int]] = {}
         for rank, said in enumerate(texts):
             holders.setdefault(said.get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
-            values = ", ".join(f"{_ranks(ranks)} {value}" for value, ranks in holders.items())
+            values = ", ".join(f"{_ranks(ranks, 'has', 'have')} {value}" for value, ranks in holders.items())
             differing.append(f"{name}: {values}")
     return "ranks disagree on " + "; ".join(differing)
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
+def _crossed(calls: list[str | None]) -> str:
+    """The message where ranks run backward passes of different calls; None: a rank runs none."""
+    holders: dict[str | None, list[int]] = {}
+    for rank, call in enumerate(calls):
+        holders.setdefault(call, []).append(rank)
+    there = [
+        f"{_ranks(ranks, 'is', 'are') if i == 0 else _ranks(ranks)} "
+        + ("in a forward pass" if call is None else f"in that of call {call}")
+        for i, (call, ranks) in enumerate(holders.items())
+    ]
+    return f"backward passes run in different orders: {', '.join(there)}"
+
+
+def _ranks(ranks: list[int], one: str = "", more: str = "") -> str:
+    """ "rank 1" or "ranks 0, 2", and the verb that goes with it."""
+    named, verb = (f"rank {ranks[0]}", one) if len(ranks) == 1 else (f"ranks {', '.join(map(str, ranks))}", more)
+    return f"{named} {verb}" if verb else named

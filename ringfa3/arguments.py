@@ -39,7 +39,6 @@ class Arguments:
 
     def signature(self, q: Tensor, k: Tensor) -> Signature:
         """What must be equal on all ranks. The rest may differ: impl, return_lse, async_op."""
-        seqlens: tuple[int, int] | None = None if self.plan is None else (self.plan.seqlen, self.plan.kv_seqlen)
         return (
             ("batch", q.shape[0]),
             ("heads", q.shape[2]),
@@ -50,7 +49,7 @@ class Arguments:
             ("mask", self.mask),
             ("layout", self.layout),
             ("mesh", self.axes),
-            ("seqlen of the plan", seqlens),
+            ("plan", _of_plan(self.plan)),
             ("scale", self.scale),
             ("softcap", self.softcap),
             ("transport", self.transport),
@@ -58,6 +57,14 @@ class Arguments:
             ("sink_logits given", self.sinks),
             ("gradients wanted", self.grad),
         )
+
+
+def _of_plan(plan: Plan | None) -> str:
+    """Its lengths, the one thing that the other arguments do not say."""
+    if plan is None:
+        return "none"
+    keys = "" if plan.kv_seqlen == plan.seqlen else f" and {plan.kv_seqlen} keys"
+    return f"one of {plan.seqlen} positions{keys}"
 
 
 def check(
@@ -91,6 +98,8 @@ def check(
         Unsupported: the named implementation, or every one, lacks something this call needs.
     """
     check_qkv(q, k, v)
+    if q.shape[2] == 0:
+        raise ValueError("q: wanted at least one head, got 0")
     choose.check(transport)
     alone = transport == "ulysses" and axes is None  # Ulysses over the whole group
     if plan is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringfa3 import arguments, profiling, shards
-from ringfa3.agree import Agreement
+from ringfa3.agree import BACKWARD, Agreement
 from ringfa3.arguments import Arguments
 from ringfa3.gang import Gang
 from ringfa3.handle import Handle
@@ -61,8 +61,8 @@ def ring_attention(
     """Attention of this rank's queries over the keys of all ranks; every rank of the group must call.
 
     Args:
-        q: [B, n, Hq, D] bf16, fp16 or fp32: this rank's rows of the sequence, as the layout deals them (`shard`). n may
-            differ between ranks and may be 0.
+        q: [B, n, Hq, D] bf16, fp16 or fp32 (fp64 too, where an implementation serves it): this rank's rows of the
+            sequence, as the layout deals them (`shard`). n may differ between ranks and may be 0.
         k, v: [B, n, Hkv, D], q's dtype and device; Hq a multiple of Hkv. Another n with a plan for cross attention.
         causal, window, documents: who sees what, by global position; see `Mask`; causal by default. Or `mask`, a Mask
             that says it all.
@@ -179,7 +179,7 @@ class _Task:
     def backward(self, *saved: Tensor, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
         """dq, dk, dv in q's dtype, for what autograd saved: this rank's out, and q, k, v, lse as computed with."""
         if self.agreement is not None:
-            self.agreement.agree((("call whose backward pass this is", self.number),), 0)
+            self.agreement.agree(((BACKWARD, self.number),), 0)
         out, q, k, v, lse = saved
         with self._whole():
             dout = torch.zeros_like(out) if dout is None else dout

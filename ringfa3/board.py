@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -291,10 +291,14 @@ def meet(store: Store, rank: int, world: int, *, timeout: float, shared: bool = 
     return StoreBoard(store, prefix, rank, world), peers
 
 
-def await_keys(store: Store, keys: dict[int, str], deadline: float, timeout: float) -> None:
-    """Wait until each rank has set its key."""
+def await_keys(
+    store: Store, keys: dict[int, str], deadline: float, timeout: float, see: Callable[[int], None] | None = None
+) -> None:
+    """Wait until each rank has set its key. Told (`see`) at every look which rank is missing; may raise."""
     pause = 1e-4
     while missing := [rank for rank, key in keys.items() if not store.check([key])]:
+        if see is not None:
+            see(missing[0])
         if time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
             raise RankFailed(missing[0], "", None, f"no call of rank {ranks} within {timeout:g} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,17 @@ from ringfa3_kernels import Visible
 Needs = tuple[tuple[slice | None, ...], ...]
 
 LONGEST = 2**30  # positions, and sums of two of them, must fit int32
+
+
+def checked_length(name: str, value: Any) -> int:
+    """The length as an int. To be done before a cache is asked, which takes 64.0 and True for 64 and 1.
+
+    Raises:
+        ValueError: not an integer, or out of range; says so by this name.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= operator.index(value) < LONGEST:
+        raise ValueError(f"{name}: wanted an integer in [0, 2**30), got {value!r}")
+    return operator.index(value)
 
 
 @dataclass(frozen=True, eq=False)

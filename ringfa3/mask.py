@@ -188,7 +188,7 @@ class Mask:
         if not self.causal:
             raise ValueError(f"prefix: wanted causal=True (without it every position sees ahead), got {self.prefix!r}")
         if not _is_sequence(self.prefix):
-            return _integer("prefix", self.prefix, 1)
+            return _integer("prefix", self.prefix, 1, " (None for no prefix)")
         if self.documents is None:
             raise ValueError(f"prefix: wanted an int where there are no documents, got {self.prefix!r}")
         prefix = _lengths("prefix", self.prefix)
@@ -205,13 +205,14 @@ def _is_sequence(x: Any) -> bool:
     return hasattr(x, "__len__") and not (hasattr(x, "ndim") and x.ndim == 0)
 
 
-def _integer(name: str, x: Any, at_least: int) -> int:
+def _integer(name: str, x: Any, at_least: int, or_else: str = "") -> int:
+    wrong = isinstance(x, bool)
     try:
         value = operator.index(x)
     except TypeError:
-        raise ValueError(f"{name}: wanted an integer of at least {at_least}, got {x!r}") from None
-    if value < at_least or isinstance(x, bool):
-        raise ValueError(f"{name}: wanted an integer of at least {at_least}, got {x!r}")
+        wrong, value = True, at_least
+    if wrong or value < at_least:
+        raise ValueError(f"{name}: wanted an integer of at least {at_least}{or_else}, got {x!r}")
     return value
 
 

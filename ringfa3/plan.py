@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringfa3 import shards
-from ringfa3.hops import LONGEST, Hop, Needs, hops_of, needs_of
+from ringfa3.hops import Hop, Needs, checked_length, hops_of, needs_of
 from ringfa3.layout import Dealing, Layout, deal, resolve
 from ringfa3.mask import Mask
 from ringfa3.mesh import Axes, sliced
@@ -276,6 +275,8 @@ def plan(
         device = torch.device("cuda", torch.cuda.current_device())
     if not isinstance(mask, Mask):
         raise ValueError(f"mask: wanted a Mask, got {type(mask).__name__}")
+    seqlen = checked_length("seqlen", seqlen)
+    kv_seqlen = None if kv_seqlen is None else checked_length("kv_seqlen", kv_seqlen)
     axes = axes or shards.axes(group)
     mesh = group if isinstance(group, DeviceMesh) and group.ndim != 1 else None
     return _kept(mask, resolve(layout, mask), seqlen, world, rank, device, kv_seqlen, process_group, axes, mesh)
@@ -312,14 +313,11 @@ def _check(mask: Mask, seqlen: int, world: int, rank: int, kv_seqlen: int | None
     """seqlen and kv_seqlen as ints, after checking that the arguments go together."""
     if not isinstance(mask, Mask):
         raise ValueError(f"mask: wanted a Mask, got {type(mask).__name__}")
-    lengths = []
-    for name, value in (("seqlen", seqlen), ("kv_seqlen", seqlen if kv_seqlen is None else kv_seqlen)):
-        if not hasattr(value, "__index__") or not 0 <= operator.index(value) < LONGEST:
-            raise ValueError(f"{name}: wanted an integer in [0, 2**30), got {value!r}")
-        lengths.append(operator.index(value))
+    seqlen = checked_length("seqlen", seqlen)
+    keys = seqlen if kv_seqlen is None else checked_length("kv_seqlen", kv_seqlen)
     if world < 1 or not 0 <= rank < world:
         raise ValueError(f"rank: wanted one in [0, world), world at least 1, got rank {rank} of {world}")
     if kv_seqlen is not None and not mask.full:
         raise ValueError(f"kv_seqlen: wanted Mask(causal=False) alone for cross attention, got {mask}")
-    mask.check(lengths[0])
-    return lengths[0], lengths[1]
+    mask.check(seqlen)
+    return seqlen, keys

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringfa3.hops import checked_length
 from ringfa3.layout import Dealing, Layout, Run, deal, resolve
 from ringfa3.mesh import Axes, axes_of, sliced, whole
 
@@ -56,7 +57,8 @@ def unshard(x: Tensor, seqlen: int, dim: int = 1, *, layout: str | Layout = "zig
         ValueError: x has not this rank's number of positions, or as `shard`.
     """
     _, world, rank = members(group)
-    return gather(x, deal(sliced(resolve(layout), axes(group)), seqlen, world), rank, dim, group)
+    dealing = deal(sliced(resolve(layout), axes(group)), checked_length("seqlen", seqlen), world)
+    return gather(x, dealing, rank, dim, group)
 
 
 def members(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -71,11 +73,14 @@ def members(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
         group = group.get_group() if group.ndim == 1 else whole(group)
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None, 1, 0
+    not_of_it = "group: this rank is not a member of it"
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives those outside
+        raise ValueError(not_of_it)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group: wanted a ProcessGroup or a 1-D DeviceMesh (or 2-D: ulysses x ring), got {group!r}")
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError("group: wanted one that this rank is in, got one that it is not in")
+        raise ValueError(not_of_it)
     return group, dist.get_world_size(group), rank
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import check_attend
 import rounds
 import torch
 from cases import Case
+from plot_attend import plot
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -42,13 +43,15 @@ def prepared(case: Case, tile: configs.Config | None = None, *, device: str = "c
     return launched(case, q, k, v, tile)
 
 
-def launched(case: Case, q: Tensor, k: Tensor, v: Tensor, tile: configs.Config | None = None) -> launch.Launch:
-    """Our launch on given tensors: out in q's dtype, as the peers', or a fp32 state continued in place."""
+def launched(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, tile: configs.Config | None = None, *, result: Partial | None = None
+) -> launch.Launch:
+    """Our launch on given tensors: out in q's dtype (`result`'s), as the peers', or a fp32 state continued in place."""
     into = None
     if case.state:
         lse = torch.zeros(case.B, case.Hq, case.S, dtype=torch.float32, device=q.device)
         into = Partial(torch.zeros(q.shape, dtype=torch.float32, device=q.device), lse)
-    result = into or Partial(torch.empty_like(q), torch.empty(case.B, case.Hq, case.S, device=q.device))
+    result = result or into or Partial(torch.empty_like(q), torch.empty(case.B, case.Hq, case.S, device=q.device))
     counter = torch.zeros(2, dtype=torch.int32, device=q.device)
     sms = schedule.multiprocessors(q.device) if q.is_cuda else 132
     visible = case.visible(q.device.type)
@@ -108,7 +111,7 @@ def timed(case: Case, *, turns: int) -> list[rounds.Row]:
         calls[name], work[name] = call, case.flops()
     for name, (call, flops) in baselines(case, q, k, v).items():
         calls[name], work[name] = call, flops
-    times = rounds.interleaved(calls, rounds=turns, ms=8.0)
+    times = rounds.interleaved(calls, rounds=turns, ms=20.0)
     # rates compare where the work differs (windows, documents): scale every time to our operations
     scaled = {name: rounds.Time(t.ms * work["ours"] / work[name], t.spread) for name, t in times.items()}
     return rounds.compare(case.name, scaled, work["ours"], ours="ours")
@@ -120,7 +123,7 @@ def precompile(jobs: Sequence[tuple[Case, configs.Config | None]]) -> None:
     for case, tile in jobs:
         with torch.device("meta"):
             found = prepared(replace(case, B=1), tile, device="meta").config
-        seen.setdefault((found, case.dtype), (replace(case, B=1, S=min(case.S, 2048)), tile))
+        seen.setdefault((found, case.dtype), (replace(case, B=1, S=min(case.S, 8192)), tile))
     _in_processes(_compile, list(seen.values()))
 
 
@@ -141,44 +144,6 @@ def _compile(job: tuple[Case, configs.Config | None]) -> str:
     except Exception as error:  # any failure to compile is reported by name; the run that needs it fails again
         return f"  {case.name}: {type(error).__name__}: {str(error)[:300]}"
     return ""
-
-
-def plot(path: Path, rows: Iterable[rounds.Row]) -> None:
-    """TFLOP/s over sequence length, one panel a mask and head_dim, peers as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels: dict[str, dict[str, dict[int, float]]] = {}
-    for row in rows:
-        _, mask, *rest = row.case.split()
-        if rest[0] == "into" or row.peer.startswith("ours"):
-            continue
-        length = int(next(t for t in rest if re.fullmatch(r"S\d+K", t))[1:-1])
-        lines = panels.setdefault(f"{mask} {rest[0]} {rest[1]}", {})
-        lines.setdefault("ours", {})[length] = row.ours
-        lines.setdefault(row.peer, {})[length] = row.theirs
-    if not panels:
-        return
-    width = min(3, len(panels))
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // width), width, figsize=(5 * width, 3.5 * -(-len(panels) // width)), squeeze=False
-    )
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        for name, points in lines.items():
-            axis.plot(
-                *zip(*sorted(points.items()), strict=True), marker="o", label=name, lw=2.5 if name == "ours" else 1.2
-            )
-        lengths = sorted({length for points in lines.values() for length in points})
-        axis.set(title=title, xlabel="sequence length, tokens", ylabel="TFLOP/s", ylim=(0, None))
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length}K" for length in lengths])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class Check:
     """One call to be checked.
 
     Args:
-        mask: "full", "causal", "window", "sym", "documents", "prefix", "empty", "batched".
+        mask: "full", "causal", "window", "narrow", "sym", "documents", "prefix", "empty", "batched".
         shards: key shards, each continuing the Partial of those before (1: a plain call).
         wide: out fp32 (with shards: after the last one too), else q's dtype.
         layout: "BSHD", "BHSD" (a transposed view) or "slice" (every other row of something longer).
@@ -75,7 +75,15 @@ def table(*, quick: bool) -> list[Check]:
         Check("causal", Sq=896, Sk=640, wide=True),
         Check("causal", 64, Sq=130, Sk=900),
     ]
-    found += [Check(m, wide=True) for m in ("window", "sym", "prefix", "empty", "batched")]
+    found += [Check(m, wide=True) for m in ("window", "narrow", "sym", "prefix", "empty", "batched")]
+    # row tiles that see nothing are not visited but written; Sq > Sk leaves whole tiles of them
+    found += [Check("empty", D) for D in (64, 128, 256)] + [
+        Check("narrow", D, Hq=32, Sq=900, Sk=900) for D in (64, 256)
+    ]
+    found += [Check("causal", D, Sq=2000, Sk=300) for D in (64, 128, 256)] + [Check("empty", shards=2)]
+    # more tiles than CTAs: what passes from one tile to the next
+    found += [Check(m, D, Hq=16, Sq=1200, Sk=1200) for D, m in product((64, 128, 256), ("full", "causal", "documents"))]
+    found += [Check(m, Hq=16, Sq=1280, Sk=1280, wide=w) for m, w in product(("full", "causal"), (False, True))]
     found += [Check(m, shards=2, wide=True) for m in ("causal", "window", "empty", "batched")]
     found += [
         Check(m, D, Hq=8, Hkv=h, Sq=s, Sk=2000)
@@ -184,6 +192,8 @@ def visible(check: Check) -> Visible:
     shift = Sk - Sq
     if check.mask == "window":
         return Visible((causal.hi - 150).clamp(min=0), causal.hi)
+    if check.mask == "narrow":  # both bounds inside one block
+        return Visible((causal.hi - 20).clamp(min=0), causal.hi)
     if check.mask == "sym":
         return Visible((i + shift - 70).clamp(0, Sk), (i + shift + 71).clamp(0, Sk))
     if check.mask == "prefix":
@@ -337,6 +347,24 @@ def _graph() -> str:
         if not all(torch.equal(x.out, expected.out) and torch.equal(x.lse, expected.lse) for x in captured):
             return "the replay differs from a plain call"
         fresh, _ = _small()
+    return ""
+
+
+@special("CUDA graph: a mask first met inside the capture")
+def _graph_new_mask() -> str:
+    qkv, causal = _small()
+    _attend(qkv, Visible(causal.lo, causal.hi))  # compiled, but no table of the mask below
+    mask = Visible(causal.lo, causal.hi.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _attend(qkv, mask)
+    eager = _attend(qkv, mask)  # before any replay: must not read the graph's table
+    expected = _attend(qkv, causal)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, found in (("an eager call before the first replay", eager), ("the replay", captured)):
+        if not (found.out - expected.out).abs().max() < 0.02:
+            return f"{name} is wrong"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +41,8 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int, ms: f
     """Time callables on the GPU by turns.
 
     A power-limited card gives whoever runs after a pause a higher clock, and drifts over seconds: timed one after
-    another, equal kernels differ by up to 10%; by turns, each meets the same clocks.
+    another, equal kernels differ by up to 10%; by turns, each meets the same clocks. The order is drawn anew in every
+    round: whoever always came after a kernel that draws little power would run on what that left over.
 
     Args:
         calls: name -> callable that launches work on the current stream.
@@ -49,8 +51,10 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int, ms: f
     """
     repeats = {name: max(2, round(ms / max(_once(call), 1e-3))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    draw = random.Random(0)
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        for name in draw.sample(list(calls), len(calls)):
+            call = calls[name]
             call()  # refills caches and keeps the clock up while the events are recorded
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

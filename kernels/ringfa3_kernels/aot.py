@@ -72,7 +72,6 @@ def build(
         constants: values of the constexpr arguments.
         options: num_warps, num_stages and the like.
     """
-    begin = time.perf_counter()
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     source = triton.compiler.ASTSource(
         fn=kernel,
@@ -80,7 +79,12 @@ def build(
         constexprs={(index[name],): value for name, value in constants.items()},
         attrs={(index[n],): [["tt.divisibility", 16]] for n in kernel.arg_names if types.get(n, "").startswith("*")},
     )
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    return inspect(source, capability=capability, options=options)[0]
+
+
+def inspect(source: Any, *, capability: tuple[int, int], options: Mapping[str, Any]) -> tuple[Build, dict[str, str]]:
+    """Compile a source as Triton knows them (ASTSource, GluonASTSource); the build, and its "ptx" and "sass"."""
+    begin = time.perf_counter()
     log = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -90,10 +94,11 @@ def build(
     ):
         knobs.cache.dir = cache  # a cached kernel would come without ptxas' words
         knobs.nvidia.dump_ptxas_log = True
+        target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
         compiled = triton.compile(source, target=target, options=dict(options))
         sass = _disassemble(compiled.asm["cubin"], Path(cache))
     said = log.getvalue()
-    return Build(
+    found = Build(
         registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
         spills=sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         shared=compiled.metadata.shared,
@@ -104,13 +109,18 @@ def build(
         tma=len(re.findall(r"\bUTMALDG", sass)),
         seconds=round(time.perf_counter() - begin, 2),
     )
+    return found, {"ptx": compiled.asm["ptx"], "sass": sass}
 
 
 def _disassemble(cubin: bytes, folder: Path) -> str:
-    """SASS by the disassembler that Triton ships."""
+    """SASS; the nvdisasm of Triton 3.9 shows only the header of what its own ptxas wrote, cuobjdump shows it all."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    return subprocess.run([knobs.nvidia.nvdisasm.path, "-c", path], capture_output=True, text=True, check=True).stdout
+    for command in ([knobs.nvidia.nvdisasm.path, "-c"], [knobs.nvidia.cuobjdump.path, "-sass"]):
+        text = subprocess.run([*command, path], capture_output=True, text=True, check=False).stdout
+        if "/*0000*/" in text:
+            return text
+    raise RuntimeError("neither nvdisasm nor cuobjdump could disassemble the kernel")
 
 
 def build_all(

@@ -23,9 +23,15 @@ def load(name: str) -> ModuleType | str:
     """The implementation's module, or the reason why it cannot be imported here."""
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl: wanted 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {name!r}")
-    if name in ("hopper", "portable") and importlib.util.find_spec("triton") is None:
+    if name in ("hopper", "portable") and not has_triton():
         return "triton is not installed"
     return importlib.import_module(f"ringfa3_kernels.{name}")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels written in Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def why_not(name: str, call: Call) -> str | None:

@@ -123,7 +123,16 @@ def attend_backward(
         if not grad.is_contiguous():
             raise ValueError(f"{name}: wanted a contiguous tensor to write into, got strides {grad.stride()}")
     call = _call(
-        "backward", q, k, v, visible, softcap, dq.dtype, accumulate=accumulate, deterministic=deterministic, dout=dout
+        "backward",
+        q,
+        k,
+        v,
+        visible,
+        softcap,
+        dq.dtype,
+        accumulate=accumulate,
+        deterministic=deterministic,
+        others=(dout, dq, dk, dv),
     )
     chosen = dispatch.choose(call, impl)
     if k.shape[1] == 0 or q.numel() == 0:
@@ -161,6 +170,10 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
         fp32 [B, H, S] (fp64 for fp64 inputs), contiguous.
     """
     wide = state_dtype(out.dtype)
+    if out.is_cuda and wide == torch.float32 and dout.stride(3) == out.stride(3) == 1 and dispatch.has_triton():
+        from ringfa3_kernels.portable import delta as kernel  # here, so that the door needs no Triton
+
+        return kernel.row_delta(dout, out, dlse)
     with _own_precision(out):
         delta: Tensor = torch.linalg.vecdot(dout.to(wide), out.to(wide)).transpose(1, 2).contiguous()
     return delta if dlse is None else delta - dlse
@@ -197,10 +210,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: wanted q's batch size {q.shape[0]}, got {x.shape[0]}")
         if x.shape[3] != q.shape[3]:
             raise ValueError(f"{name}: wanted q's head_dim {q.shape[3]}, got {x.shape[3]}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    for name, x in (("q", q), ("k", k)):
+        if k.shape[2] == 0 == x.shape[2]:
+            raise ValueError(f"{name}: wanted at least one head, got 0")
+    if q.shape[2] % k.shape[2]:
         raise ValueError(f"q: wanted a number of heads that is a multiple of k's {k.shape[2]}, got {q.shape[2]}")
     if not 8 <= q.shape[3] <= 256 or q.shape[3] % 8:
-        raise ValueError(f"q: wanted a head_dim that is a multiple of 8 and at most 256, got {q.shape[3]}")
+        raise ValueError(f"q: wanted a head_dim that is a multiple of 8 from 8 to 256, got {q.shape[3]}")
 
 
 def _checked(visible: Visible | None, q: Tensor, Sk: int) -> Visible:
@@ -250,7 +266,7 @@ def _call(
     into: bool = False,
     accumulate: bool = False,
     deterministic: bool = False,
-    dout: Tensor | None = None,
+    others: tuple[Tensor, ...] = (),
 ) -> Call:
     B, Sq, Hq, D = q.shape
     return Call(
@@ -270,7 +286,7 @@ def _call(
         out_dtype=out_dtype,
         accumulate=accumulate,
         deterministic=deterministic,
-        aligned=all(_aligned(x) for x in (q, k, v, dout) if x is not None),
+        aligned=all(_aligned(x) for x in (q, k, v, *others)),
     )
 
 

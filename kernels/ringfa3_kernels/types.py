@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -36,7 +37,7 @@ class Visible:
     lo: Tensor
     hi: Tensor
     kind: Kind = "intervals"
-    _tiles: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tiles: dict[tuple[str | int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _checked: set[int] = field(default_factory=set, init=False, repr=False)  # the Sk that `check` found right
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class Visible:
             begin <= unmasked begin <= unmasked end <= end; blocks outside [unmasked begin, unmasked end) need the mask.
             begin == end where a tile sees nothing.
         """
-        return self._kept("key", block_m, block_n, 0)
+        return self.kept(("key", block_m, block_n), lambda: self._key_tiles(block_m, block_n))
 
     def query_tiles(self, block_m: int, block_n: int, Sk: int) -> Tensor:
         """Row blocks that see each tile of keys (the backward's view), computed on the device once and kept.
@@ -116,17 +117,22 @@ class Visible:
             int32 [B or 1, ceil(Sk / block_n), 4]: begin, unmasked begin, unmasked end, end, in blocks of block_m rows.
             Ordered as in `key_tiles`. Keys past Sk, in the last tile, do not count: kernels must not store those.
         """
-        return self._kept("query", block_m, block_n, Sk)
+        return self.kept(("query", block_m, block_n, Sk), lambda: self._query_tiles(block_m, block_n, Sk))
 
-    def _kept(self, side: str, block_m: int, block_n: int, Sk: int) -> Tensor:
-        key = (side, block_m, block_n, Sk)
-        tiles = self._tiles.get(key)
-        if tiles is None:
-            compute = self._key_tiles if side == "key" else self._query_tiles
-            tiles = self._tiles[key] = compute(block_m, block_n, Sk)
-        return tiles
+    def kept(self, key: tuple[str | int, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` made of these bounds when `key` was first asked for.
 
-    def _key_tiles(self, block_m: int, block_n: int, _: int) -> Tensor:
+        While a CUDA graph is captured, what is not there yet becomes part of the graph and is not kept: its memory is
+        the graph's, which writes it anew in every replay. Call once before capturing to compute it once.
+        """
+        found = self._tiles.get(key)
+        if found is None:
+            found = compute()
+            if not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._tiles[key] = found
+        return found
+
+    def _key_tiles(self, block_m: int, block_n: int) -> Tensor:
         lo, hi = (torch.atleast_2d(x) for x in (self.lo, self.hi))
         first = torch.arange(0, self.rows, block_m, device=self.device)
         last = (first + block_m - 1).clamp_(max=self.rows - 1)

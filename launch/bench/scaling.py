@@ -25,6 +25,7 @@ from ringfa3_launch.bench.program import Program
 from ringfa3_launch.bench.ring import TRANSPORTS, meshes, play, report_on
 from ringfa3_launch.bench.ring_matches import KERNELS, ONE_GPU, beside_causal, duel, single
 from ringfa3_launch.console import Console
+from ringfa3_launch.options import checked_transport, gpus_for
 from ringfa3_launch.rank import RankInfo, launched
 
 LONGEST = {2: 1024, 4: 1024, 8: 2048}  # units of tokens: what this many GPUs have to get through, forward and backward
@@ -71,11 +72,9 @@ def asked(args: argparse.Namespace, info: RankInfo | None) -> tuple[Program, str
     Raises:
         ValueError: an option is wrong; names it.
     """
-    import torch
-
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    gpus = gpus_for(args.device)
     most = info.world if info is not None else gpus or max(2, args.world or 2)
-    world = args.world or most
+    world = most if args.world is None else args.world
     if (world != most and info is not None) or not 2 <= world <= most:
         raise ValueError(f"--world: wanted {most}, the ranks there are, got {world}")
     heads = integers("--heads", args.heads, ":")
@@ -85,7 +84,8 @@ def asked(args: argparse.Namespace, info: RankInfo | None) -> tuple[Program, str
     subset("--peers", peers, RING_PEERS)
     transports = args.transports.split(",") if args.transports else default_transports(world)
     for name in transports:
-        parse_mesh(name)
+        mesh = parse_mesh(name)
+        checked_transport("--transports", name if mesh is None else mesh[2], more=", mesh:UxR or mesh:UxR:TRANSPORT")
     case = Case("fwd", "causal", args.head_dim, *heads, args.unit, world, args.dtype or ("bf16" if gpus else "fp32"))
     matches = plan_of(case, transports, peers, unit=args.unit, rounds=args.rounds, impl=args.impl)
     program = Program(tuple(matches), "cuda" if gpus else "cpu", args.seed, args.limit, args.seconds)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ringfa3_launch.options import refuses
+
 PROGRAM = """\
 Exact attention over sequences that no single GPU should have to hold.
 The keys and values of a long text are sharded over ranks (GPUs, or CPU processes where there is none);
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("RINGFA3_TRACEBACK"):
             raise
-        print(f"ringfa3: {error}  (RINGFA3_TRACEBACK=1 shows where)", file=sys.stderr)
+        where = "" if refuses(error) else "  (RINGFA3_TRACEBACK=1 shows where)"
+        print(f"ringfa3: {error}{where}", file=sys.stderr)
         return 2
 
 

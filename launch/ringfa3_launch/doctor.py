@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from ringfa3_launch import machine
 from ringfa3_launch.console import Console
 from ringfa3_launch.local import local
 from ringfa3_launch.machine import Finding
+from ringfa3_launch.options import gpus_for
 
 EXAMPLES = """\
 examples:
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print; 0 where nothing is broken, else 1."""
+    checked(args.ranks, args.device)
     if not args.quick and not args.json:
         print("examining this machine and testing a ring of fresh ranks: some ten seconds ...", file=sys.stderr)
     findings = examine(quick=args.quick, ranks=args.ranks, device=args.device)
@@ -53,16 +56,11 @@ def examine(*, quick: bool = False, ranks: int | None = None, device: str = "aut
     Raises:
         ValueError: ranks < 1, or device "cuda" without enough GPUs.
     """
-    if ranks is not None and ranks < 1:
-        raise ValueError(f"--ranks: wanted 1 or more, got {ranks}")
+    checked(ranks, device)
     findings = machine.versions()
     if any(finding.name == "torch" and finding.value is None for finding in findings):
         return findings
-    import torch
-
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "cuda" and gpus == 0:
-        raise ValueError("--device: wanted 'cuda' on a machine with a GPU, got a machine without")
+    gpus = gpus_for(device)
     findings += machine.devices()
     if not quick:
         findings += machine.links()
@@ -72,6 +70,15 @@ def examine(*, quick: bool = False, ranks: int | None = None, device: str = "aut
     if not quick:
         findings.append(self_test(ranks or gpus or 2, device))
     return findings
+
+
+def checked(ranks: int | None, device: str) -> None:
+    """Raise ValueError, as `examine`; without torch, which is for the examination to find out, no GPU is asked for."""
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks: wanted 1 or more, got {ranks}")
+    if device == "cuda":
+        with contextlib.suppress(ImportError, OSError):
+            gpus_for(device)
 
 
 def implementations(device: str) -> list[Finding]:

@@ -28,7 +28,8 @@ def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeou
 
     When fn runs, the default process group is up (gloo on CPUs, NCCL on GPUs) and the rank's GPU is current; the
     ranks meet through a file, so no port is needed. CPU cores are divided among the ranks. If a rank fails, the
-    others are killed. No process outlives this call, nor the caller if that is killed.
+    others are killed. No process outlives this call, nor the caller if that is killed. SIGTERM and SIGHUP, where the
+    caller's main thread calls and does not handle them, become SystemExit(128 + signal), after the cleaning up.
 
     Args:
         n: number of ranks.
@@ -47,7 +48,7 @@ def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeou
         raise ValueError(f"n: wanted 1 rank or more, got {n}")
     place = pick_device(0, n, device).type
     deadline = None if timeout is None else time.monotonic() + timeout
-    with tempfile.TemporaryDirectory(prefix="ringfa3-") as folder:
+    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="ringfa3-") as folder:
         infos = [RankInfo(rank, n, rank, n, file=str(Path(folder, "rendezvous"))) for rank in range(n)]
         ranks: list[_Rank] = []
         try:
@@ -57,6 +58,28 @@ def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeou
         finally:
             for rank in ranks:
                 rank.end()
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Whoever ends this process in the block lets it clean up: what ends it by default raises SystemExit, once."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    ours = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> NoReturn:
+        for s in ours:
+            signal.signal(s, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for s in ours:
+        signal.signal(s, end)
+    try:
+        yield
+    finally:
+        for s in ours:
+            signal.signal(s, signal.SIG_DFL)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ringfa3_launch import plan_report
 from ringfa3_launch.bench.case import DTYPES, Case, parse_mask, parse_size
 from ringfa3_launch.console import Console
+from ringfa3_launch.options import checked_head_dim
 
 if TYPE_CHECKING:
     from ringfa3.cost import Job, Machine, Prediction
@@ -37,6 +38,7 @@ examples:
 
 exit status: 0 there is a way, 2 the command line is wrong or nothing can serve it."""
 
+MOST = 512  # ranks; beyond, counting every rank's pairs in every shard takes too long
 LINKS = {"pull": "pull", "ring": "sendrecv", "hosts": "between"}  # as --bandwidth names them
 
 
@@ -83,13 +85,18 @@ def run(args: argparse.Namespace) -> int:
     from ringfa3_kernels import Unsupported
 
     job, machine = job_from(args), machine_from(args)
+    if args.png is not None and args.png.suffix.lower() != ".png":
+        raise ValueError(f"--png: wanted a file that ends in .png, got {args.png}")
     if args.png is not None and not args.png.parent.is_dir():
         raise ValueError(f"--png: wanted a file in a folder that exists, got {args.png}")
+    if args.depth < 2:
+        raise ValueError(f"--depth: wanted 2 buffers or more, one to read and one to fill, got {args.depth}")
     transports, layouts = _names(args.transport), _names(args.layout)
     _check_names(transports, layouts)
     ulysses = None if args.mesh is None else (_mesh(args.mesh, job.world),)
     if ulysses is None and transports is not None and "ulysses" not in transports:
         ulysses = (1,)  # a transport by name means that alone, no mesh
+    _check_heads(job, job.world if transports == ("ulysses",) else 1 if ulysses is None else ulysses[0])
     try:
         choice = recommend(
             job,
@@ -122,16 +129,19 @@ def job_from(args: argparse.Namespace) -> Job:
     """
     from ringfa3.cost import Job
 
+    if not 1 <= args.world <= MOST:
+        raise ValueError(f"--world: wanted 1..{MOST} ranks, got {args.world}")
     parts = args.heads.split(":")
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts) or int(parts[0]) % int(parts[1]):
         raise ValueError(f"--heads: wanted Q:KV with Q a multiple of KV, such as 32:8, got {args.heads!r}")
-    seqlen = parse_size(args.seqlen)
+    seqlen = parse_size(args.seqlen, "--seqlen")
+    checked_head_dim(args.head_dim)
     Hq, Hkv = map(int, parts)
     mask = Case("fwd", parse_mask(args.mask), args.head_dim, Hq, Hkv, seqlen, args.world, args.dtype).visible
     try:
         return Job(mask, seqlen, args.world, Hq, Hkv, args.head_dim, args.dtype, args.batch, args.hosts, args.backward)
     except ValueError as error:  # its arguments are named as our options are
-        raise ValueError(f"--{str(error).replace('D:', 'head-dim:', 1) if str(error)[:2] == 'D:' else error}") from None
+        raise ValueError(f"--{error}") from None
 
 
 def machine_from(args: argparse.Namespace) -> Machine:
@@ -149,12 +159,14 @@ def machine_from(args: argparse.Namespace) -> Machine:
     for text in args.bandwidth:
         link, equals, value = text.partition("=")
         if link not in LINKS or not equals or not _positive(value):
-            raise ValueError(f"--bandwidth: wanted {', '.join(LINKS)} = GB/s, such as pull=365, got {text!r}")
+            raise ValueError(f"--bandwidth: wanted {', '.join(LINKS)} = GB/s above 0, such as pull=365, got {text!r}")
         machine = machine.with_bandwidth(LINKS[link], float(value), "--bandwidth")
     if args.tflops:
         parts = args.tflops.split(",")
         if len(parts) > 2 or not all(map(_positive, parts)):
-            raise ValueError(f"--tflops: wanted FORWARD or FORWARD,BACKWARD, such as 650,590, got {args.tflops!r}")
+            raise ValueError(
+                f"--tflops: wanted FORWARD or FORWARD,BACKWARD above 0, such as 650,590, got {args.tflops!r}"
+            )
         if args.backward and len(parts) == 1:
             raise ValueError(f"--tflops: wanted FORWARD,BACKWARD with --backward, got {args.tflops!r}")
         rates = [((1.0, float(part)),) for part in parts]
@@ -188,6 +200,17 @@ def _check_names(transports: tuple[str, ...] | None, layouts: tuple[str, ...] | 
         for name in got or ():
             if name not in wanted:
                 raise ValueError(f"{option}: wanted {', '.join(wanted)}, got {name!r}")
+
+
+def _check_heads(job: Job, u: int) -> None:
+    """Raise ValueError unless Ulysses, asked for on so many ranks, deals each of them as many query heads."""
+    if job.Hq < u:
+        raise ValueError(f"--heads: wanted at least one query head for each of {u} Ulysses ranks, got {job.Hq}")
+    if job.Hq % u:
+        raise ValueError(
+            f"--heads: wanted query heads that the {u} Ulysses ranks divide, as plan covers head counts that divide "
+            f"(ring_attention serves others too), got {job.Hq}"
+        )
 
 
 def _mesh(text: str, world: int) -> int:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ringfa3.cost import Prediction
+    from ringfa3.cost.schedule import Copy
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 MARKS = {"keys": "-", "gradients": "=", "heads": "#"}
 COLOURS = {"keys": "#08519c", "gradients": "#a63603", "heads": "#54278f"}
 NAMES = {"keys": "keys and values", "gradients": "fp32 dK, dV", "heads": "heads (Ulysses)"}
+WHOSE = {"keys": ", in their rank's colour", "gradients": ", in the sender's colour", "heads": ""}
 LEGEND = "0-9a-z: that rank's keys   . idle   arriving: - keys   = dK, dV   # heads"
 MOST = 16  # ranks in the picture
 
@@ -71,12 +73,30 @@ def draw(p: Prediction, path: Path, title: str) -> None:
                 panel.text(left + width / 2, step.rank + 0.18, label, ha="center", va="center", fontsize=9)
     for copy in p.copies:
         if copy.rank < ranks:
-            place = (copy.start * unit, (copy.end - copy.start) * unit)
-            panel.broken_barh([place], (copy.rank - 0.3, 0.24), facecolors=COLOURS[copy.what], edgecolors="white")
+            left, width, source = copy.start * unit, (copy.end - copy.start) * unit, _source(p, copy)
+            fill = COLOURS[copy.what] if source is None else colours(source % 12)
+            bar, style = (copy.rank - 0.3, 0.24), {"edgecolors": COLOURS[copy.what], "linewidth": 1.2}
+            panel.broken_barh([(left, width)], bar, facecolors=fill, **style)
+            if source is not None and width > 0.02 * p.seconds * unit:
+                panel.text(left + width / 2, copy.rank - 0.18, str(source), ha="center", va="center", fontsize=8)
     _finish(panel, p, ranks, unit, name)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=100, format="png")
     pyplot.close(figure)
+
+
+def _source(p: Prediction, copy: Copy) -> int | None:
+    """Whose keys arrive, or who sends a share of gradients; None for heads, which come from all peers at once."""
+    if copy.what != "keys":
+        return None if copy.what == "heads" else copy.peer
+    if p.way.transport == "ring":  # whose sender passes on what came to it, in the order of steps
+        ring, rank = p.scene.ring, copy.rank
+        sources = [(rank - i) % ring for i in range(1, ring) if p.scene.passed((rank - i) % ring, i)]
+        own = [c for c in p.copies if (c.rank, c.direction, c.what) == (rank, copy.direction, "keys")]
+        return sources[own.index(copy)]
+    # between hosts a sender passes on another's keys, too: they are those of the hop that waited for this copy
+    hops = (s for s in p.steps if (s.rank, s.direction, s.arrived) == (copy.rank, copy.direction, copy.end))
+    return next((step.source for step in hops if step.source != copy.rank), copy.peer)
 
 
 def _finish(panel: Any, p: Prediction, ranks: int, unit: float, name: str) -> None:
@@ -94,6 +114,13 @@ def _finish(panel: Any, p: Prediction, ranks: int, unit: float, name: str) -> No
     panel.grid(axis="x", alpha=0.3)
     panel.set_axisbelow(True)
     used = dict.fromkeys(copy.what for copy in p.copies)
-    handles = [Patch(facecolor="#dddddd", edgecolor="white", label="hop, with the number of the keys' rank")]
-    handles += [Patch(facecolor=COLOURS[what], label=f"arriving: {NAMES[what]}") for what in used]
+
+    def face(what: str) -> str:
+        return COLOURS[what] if what == "heads" else "white"
+
+    handles = [Patch(facecolor="#dddddd", edgecolor="white", label="hop, in the colour of the keys' rank")]
+    handles += [
+        Patch(facecolor=face(what), edgecolor=COLOURS[what], label=f"arriving: {NAMES[what]}{WHOSE[what]}")
+        for what in used
+    ]
     panel.figure.legend(handles=handles, loc="outside lower center", ncols=4)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ringfa3_launch.bench.case import DTYPES, parse_mask, parse_size
 from ringfa3_launch.console import Console
 from ringfa3_launch.local import local
+from ringfa3_launch.options import checked_head_dim, checked_transport, gpus_for
 from ringfa3_launch.rank import RankInfo, init, launched
 
 if TYPE_CHECKING:
@@ -95,11 +96,9 @@ def setup_from(args: argparse.Namespace, info: RankInfo | None) -> Setup:
     Raises:
         ValueError: an option is wrong; names it.
     """
-    import torch
-
     from ringfa3_launch.recording import Setup
 
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    gpus = gpus_for(args.device)
     ranks = info.world if info is not None else args.ranks or gpus or 2
     if ranks < 1 or (args.ranks not in (None, ranks)):
         wanted = f"the {ranks} that the launcher started" if info is not None else "1 or more"
@@ -111,16 +110,16 @@ def setup_from(args: argparse.Namespace, info: RankInfo | None) -> Setup:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts) or int(parts[0]) % int(parts[1]):
         raise ValueError(f"--heads: wanted Q:KV with Q a multiple of KV, such as 32:8, got {heads!r}")
     return Setup(
-        seqlen=parse_size(args.seqlen or ("64K" if gpus else "2K")),
+        seqlen=parse_size(args.seqlen or ("64K" if gpus else "2K"), "--seqlen"),
         ranks=ranks,
         Hq=int(parts[0]),
         Hkv=int(parts[1]),
-        D=args.head_dim,
+        D=checked_head_dim(args.head_dim),
         dtype=args.dtype or ("bf16" if gpus else "fp32"),
         mask=parse_mask(args.mask),
         backward=args.backward,
         layout=args.layout or ("contiguous" if args.transport == "ulysses" else "zigzag"),
-        transport=args.transport,
+        transport=checked_transport("--transport", args.transport),
         impl=args.impl,
         calls=args.calls,
         device="cuda" if gpus else "cpu",

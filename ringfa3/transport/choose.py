@@ -58,7 +58,7 @@ def choose(
         return Pull(gang.pool(device, everybody))
     if base == "hierarchical":
         declared = tuple(rank // int(ranks) for rank in range(plan.world)) if ranks else None
-        return Hierarchical.of(gang, device, declared, hosts)
+        return Hierarchical.of(gang, device, declared, hosts, called=name if ranks else base)
     wire = gang.wire(device, hosts)
     return Gather(wire) if base == "gather" else Ring(wire)
 

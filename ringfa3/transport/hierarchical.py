@@ -56,15 +56,24 @@ class Hierarchical:
 
     @classmethod
     def of(
-        cls, gang: Gang, device: torch.device, declared: Sequence[int] | None = None, names: tuple[str, ...] = ()
+        cls,
+        gang: Gang,
+        device: torch.device,
+        declared: Sequence[int] | None = None,
+        names: tuple[str, ...] = (),
+        *,
+        called: str = "hierarchical",
     ) -> Hierarchical:
         """For a gang's ranks, on their hosts or on those declared. The first call waits for all ranks.
+
+        Args:
+            called: what the caller named, for errors.
 
         Raises:
             ValueError: hosts have different numbers of ranks, or ranks of one cannot read each other's memory.
         """
         found = gang.places(device)
-        hosts = by_host(hosts_of(found) if declared is None else declared)
+        hosts = by_host(hosts_of(found) if declared is None else declared, called)
         for members in hosts:
             if reason := apart(found, members):
                 raise ValueError(f"transport: wanted hosts whose ranks can read each other's memory, got: {reason}")
@@ -298,7 +307,7 @@ class Tour:
         ]
 
 
-def by_host(hosts: Sequence[int]) -> list[list[int]]:
+def by_host(hosts: Sequence[int], called: str = "hierarchical") -> list[list[int]]:
     """Every host's ranks, in order.
 
     Raises:
@@ -306,6 +315,7 @@ def by_host(hosts: Sequence[int]) -> list[list[int]]:
     """
     members = [[rank for rank, h in enumerate(hosts) if h == host] for host in sorted(set(hosts))]
     if len({len(ranks) for ranks in members}) > 1:
-        counts = ", ".join(str(len(ranks)) for ranks in members)
-        raise ValueError(f"transport: wanted as many ranks on every host for 'hierarchical', got {counts}")
+        *counts, last = (str(len(ranks)) for ranks in members)
+        got = f"{', '.join(counts)} and {last}"
+        raise ValueError(f"transport: wanted the same number of ranks on every host for {called!r}, got {got}")
     return members

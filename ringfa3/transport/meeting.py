@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ringfa3.board import Peer, await_keys
+from ringfa3.errors import RankFailed
 
 
 class Meeting:
@@ -33,6 +34,8 @@ class Meeting:
 
     def __init__(self, store: Store, name: str, members: Sequence[int], rank: int, timeout: float) -> None:
         self.members, self.rank, self.timeout = tuple(members), rank, timeout
+        self.awaited: int | None = None  # member that a round waits for now: for a watchdog
+        self.failure: RankFailed | None = None  # a watchdog's: ends the round that waits, and those to come
         self._store, self._name, self._round = store, name, 0
 
     @classmethod
@@ -44,14 +47,22 @@ class Meeting:
         """What every member gave in this round, in the order of members; what JSON can hold.
 
         Raises:
-            RankFailed: a member did not come within the timeout.
+            RankFailed: a member did not come within the timeout, or a watchdog has set `failure`.
         """
         self._round += 1
         prefix = f"ringfa3/{self._name}/{self._round}"
         self._store.set(f"{prefix}/{self.rank}", json.dumps(thing))
         keys = {member: f"{prefix}/{member}" for member in self.members}
-        await_keys(self._store, keys, time.monotonic() + self.timeout, self.timeout)
+        try:
+            await_keys(self._store, keys, time.monotonic() + self.timeout, self.timeout, self._see)
+        finally:
+            self.awaited = None
         return [json.loads(self._store.get(key)) for key in keys.values()]
+
+    def _see(self, member: int) -> None:
+        self.awaited = member
+        if self.failure is not None:
+            raise self.failure
 
     def peers(self) -> tuple[Peer, ...]:
         """Who the members are. A round."""

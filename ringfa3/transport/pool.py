@@ -104,7 +104,10 @@ class Pool:
         queue.run(self.commons.flags.empty(channel, owner))
 
     def waiting(self) -> tuple[int, int] | None:
-        """(rank of the group waited for, hop) where one of this rank's queues waits now, else None."""
+        """(rank of the group waited for, hop) where one of this rank's queues, or its host, waits now, else None."""
+        awaited = self.commons.meeting.awaited  # buffers grow: the host waits
+        if awaited is not None:
+            return awaited, 0
         found = self.commons.flags.waiting(self.rank)
         return None if found is None else (self.members[found[0]], found[1])
 
@@ -113,10 +116,12 @@ class Pool:
 
         Whoever gives this rank's queues more gets RankFailed. From any thread; returns at once.
         """
-        member, hop = self.commons.flags.waiting(self.rank) or (self.rank, None)
-        peer = self.commons.peers[member]
+        rank, hop = self.waiting() or (self.members[self.rank], None)
+        peer = self.commons.peers[self.members.index(rank)]
         message = "its process has ended" if peer.dead() else "the call was given up while it was waited for"
-        self.commons.release(RankFailed(self.members[member], peer.host, hop, message))
+        failure = RankFailed(rank, peer.host, hop, message)
+        self.commons.meeting.failure = failure
+        self.commons.release(failure)
 
 
 def pieces(target: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:

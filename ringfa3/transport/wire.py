@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Message:
 
 
 class Wire:
-    """Messages of one process group (None: a world of one, which sends nothing) between tensors on one device.
+    """Messages of one process group (None, or of one rank: nothing is sent) between tensors on one device.
 
     Made once per group and device, by all of its ranks together. All ranks post the same rounds, in the same order.
     The group is held weakly, so that what is kept for it goes when it is destroyed.
@@ -82,7 +83,7 @@ class Wire:
         self._posting, self._asking = threading.Lock(), threading.Lock()
         self.released = False  # everything was ended, nothing more is sent
         self.patience = math.inf  # seconds after which torch would end this process; gloo raises an error instead
-        if device.type == "cuda" and group is not None:
+        if device.type == "cuda" and group is not None and dist.get_world_size(self.group) > 1:
             self._stream = torch.cuda.Stream(device, priority=-1)
             # with all ranks present: NCCL must not make its communicator for a batch that some of them sit out
             dist.all_reduce(torch.zeros(1, device=device), group=self.group)
@@ -212,7 +213,7 @@ class Wire:
     def failed(self, peer: int, hop: int, error: RuntimeError) -> RankFailed:
         """The error to raise for a message to or from this rank of the group that was not delivered."""
         host = self._hosts[peer] if self._hosts else ""
-        return RankFailed(peer, host, hop, f"no longer exchanges messages: {str(error).splitlines()[0]}")
+        return RankFailed(peer, host, hop, f"no longer exchanges messages: {_said(error)}")
 
     def _start(self, m: Message, hop: int) -> dist.Work:
         try:
@@ -256,6 +257,12 @@ class Flight:
             finally:
                 self.wire.blocked = None
         self.wire.flying.discard(self)
+
+
+def _said(error: RuntimeError) -> str:
+    """What a backend's error says first, without where in its sources it was raised and what it advises."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[?\S*\.(cc|cpp|cu|h|hpp):\d+\]?,?\s*", "", first).split(". ")[0]
 
 
 def _done(event: torch.cuda.Event | None) -> bool:

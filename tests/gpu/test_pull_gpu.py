@@ -17,7 +17,7 @@ from ringfa3.transport import Pull
 from ringfa3.transport.pool import GRADIENT, GRAIN, SHARD
 from tests.gpu.test_ring_gpu import LAYOUTS, MASKS, Case, ring_case
 
-pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks")]  # one world, so one process
+pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, pull")]  # one world, so one process
 
 PULL, WIRED = (("transport", "pull"),), (("transport", "hierarchical:1"),)
 CYCLES = 20_000_000  # of torch.cuda._sleep: about 10 ms

@@ -16,7 +16,7 @@ import ringfa3
 from ringfa3 import Mask, Plan
 from ringfa3_kernels import Visible, attend, attend_backward, row_delta
 
-pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks")]  # one world, so one process
+pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, ulysses")]  # one world, so one process
 
 MASKS = {
     "causal": Mask(),

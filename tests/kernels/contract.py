@@ -221,9 +221,6 @@ UNSUPPORTED = frozenset(
 )
 
 
-FORWARD_ONLY = frozenset(["hopper"])  # their backward is refused, and must be
-
-
 def check(clause: str, impl: str, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
     """That an implementation keeps a clause in a case or, where it may, refuses it by name."""
     inputs = Inputs.draw(case, dtype, device, generator)
@@ -231,9 +228,7 @@ def check(clause: str, impl: str, case: Case, dtype: torch.dtype, device: str, g
         with pytest.raises(Unsupported, match=impl):
             attend(inputs.q, inputs.k, inputs.v, inputs.visible, impl=impl)
         return
-    forward_only = clause != "forward" and impl in FORWARD_ONLY
-    with pytest.raises(Unsupported, match=impl) if forward_only else contextlib.nullcontext():
-        getattr(Contract.of(impl, inputs), clause)()
+    getattr(Contract.of(impl, inputs), clause)()
 
 
 def refused(impl: str, case: Case, dtype: torch.dtype, device: str) -> bool:

@@ -86,9 +86,8 @@ def test_wgmma_stays_asynchronous_and_memory_fits(builds: Builds, job: Job) -> N
 @pytest.mark.parametrize("job", TUNED, ids=name)
 def test_tuned_kernels_do_not_spill(builds: Builds, job: Job) -> None:
     build = builds[job]
-    # three consumers leave 160 registers: the ptxas of Triton 3.9 spills a few scalars outside the loops
-    allowed = 64 if build["triton"] != "3.6.0" and job["D"] == 64 and job["mask"] != "full" else 0
-    assert build["spills"] <= allowed
+    newer = build["triton"] != "3.6.0"  # its ptxas spills a scalar or two outside the loops
+    assert build["spills"] <= (8 if newer and job["mask"] == "intervals" and job["D"] != 128 else 0)
 
 
 @pytest.mark.parametrize("job", [*TUNED, *INTO, *OTHERS], ids=name)
@@ -107,7 +106,11 @@ def test_softmax_runs_under_the_matrix_products(builds: Builds, job: Job) -> Non
 def test_wait_lies_among_the_exps(builds: Builds, job: Job) -> None:
     for step in builds[job]["steps"]:
         assert 8 <= step["exps"] <= 40, "FlashAttention-3 waits after about 15 of the 64"
-        assert step["prmt"] == 0, "P is packed again in every step"
+
+
+@pytest.mark.parametrize("job", [*TUNED, *[j for j in INTO if j["D"] > 64]], ids=name)
+def test_probabilities_stay_packed(builds: Builds, job: Job) -> None:
+    assert [step["prmt"] for step in builds[job]["steps"]] == [0] * consumers(job), "P is packed again in every step"
 
 
 def consumers(job: Job) -> int:

@@ -10,12 +10,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ringfa3_launch.bench import kernels, report, ring_report, timing
+from ringfa3_launch.bench import kernels, report, ring_plot, ring_report, timing
 from ringfa3_launch.bench.case import Case, document_lengths, format_size, packed_lengths, parse_mask, parse_size
 from ringfa3_launch.bench.guard import Guard
 from ringfa3_launch.bench.match import HOPS, OURS, Entry, Match, Outcome
@@ -209,13 +210,13 @@ def stripe_flash_attn_func(q, k, v, causal, group):
 
 
 def test_ring_takes_itself_apart_whatever_its_peers_do(tmp_path: Path, environment: dict[str, str]) -> None:
-    """One peer hangs on one rank, another computes nonsense, a transport does not exist: all of it is said."""
+    """One peer hangs on one rank, another computes nonsense, a mesh has too many ranks: all of it is said."""
     fake = tmp_path / "lib" / "ring_flash_attn"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text(FAKE)
     environment["PYTHONPATH"] += os.pathsep + str(fake.parent)
     options = ["--device=cpu", "--seqlens=512", "--heads=2:1", "--head-dim=32", "--dtype=bf16", "--seconds=0.1"]
-    options += ["--transports=ring,mesh:2x1,carrier-pigeon", "--peers=ring-flash-attn-zigzag,ring-flash-attn-stripe"]
+    options += ["--transports=ring,mesh:2x1,mesh:1x3", "--peers=ring-flash-attn-zigzag,ring-flash-attn-stripe"]
     options += ["--directions=fwd", "--packed=512", "--window=none", "--long=1K", "--limit=8", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "ringfa3_launch", "bench", "ring", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
@@ -243,12 +244,12 @@ def test_ring_takes_itself_apart_whatever_its_peers_do(tmp_path: Path, environme
     missing = "\n".join(found["missing"])
     assert "ring-flash-attn-zigzag: RuntimeError: out of luck (on rank 1)" in missing
     assert "ring-flash-attn-stripe: computes something else here" in missing
-    assert "carrier-pigeon: ValueError: transport: wanted one of" in missing
+    assert "mesh:1x3: a mesh of 1 x 3 is not one of all 2 ranks" in missing
     same = [v for v in found["verdicts"] if v["what"].startswith("largest error over one GPU's")]
     assert [v["ok"] for v in same] == [True]
     text = (tmp_path / "ring.md").read_text()
     assert "| ring | " in text
-    assert "carrier-pigeon" in text
+    assert "mesh:1x3" in text
     assert (tmp_path / "ring.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -312,6 +313,31 @@ def test_verdicts_on_partials_masks_and_weak_scaling() -> None:
     weak = "speed over 2 ranks' at 8K tokens a rank, pull"
     assert verdicts(outcome(shape, {"pull": 1.0}), outcome(eight, {"pull": 4.1}))[weak] is True
     assert verdicts(outcome(shape, {"pull": 1.0}), outcome(eight, {"pull": 4.2}))[weak] is False
+
+
+def test_only_what_is_asked_is_in_the_table_of_verdicts() -> None:
+    shape = Case("fwd", "causal", 128, 32, 8, 64 << 10, 2, "bf16")
+    found = judge([outcome(shape, {"pull": 1.02, KERNELS: 1.0, ONE_GPU: 1.9})])
+    assert {v.what for v in found if not v.asked} == {"speed over one GPU's"}
+    columns, lines, styles = ring_report.verdict_table(found)
+    assert [line[columns.index("figure")] for line in lines] == ["time over kernels alone"]
+    assert styles == ["ok"]
+
+
+def test_a_single_length_is_seen_and_every_line_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(ring_plot.pyplot, "close", drawn.append)
+    shape = Case("fwd", "causal", 128, 32, 8, 64 << 10, 2, "bf16")
+    times = {"pull": 1.02, "ring": 1.03, "ulysses": 1.1, KERNELS: 1.0, "one launch": 0.99, ONE_GPU: 1.9}
+    ring_plot.draw([outcome(shape, times, ("pull", "ring", "ulysses"))], tmp_path / "x.png", "x")
+    [figure] = drawn
+    speed, overhead = figure.axes
+    assert {line.get_label() for line in speed.lines} == set(times)
+    assert all(line.get_marker() not in ("None", "", None) for line in speed.lines)
+    styles = [(line.get_color(), line.get_marker()) for line in speed.lines[:3]]
+    assert len({colour for colour, _ in styles}) == len({mark for _, mark in styles}) == 3
+    dotted = [line.get_label() for line in overhead.lines if line.get_linestyle() == ":"]
+    assert dotted == ["asked of 2 GPUs: at most 1.03"]
 
 
 def test_ring_is_judged_by_its_own_kernels_only() -> None:

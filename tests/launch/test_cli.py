@@ -56,17 +56,76 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--seqlens", "1K,x"], "size: wanted a number of tokens such as 4096, 4K or 1M, got 'x'"),
+        (["--seqlens", "1K,x"], "--seqlens: wanted a number of tokens such as 4096, 4K or 1M, got 'x'"),
         (["--worlds", "0"], "--worlds: wanted 1..2"),
         (["--heads", "3:2"], "--heads: wanted Q:KV with Q a multiple of KV, such as 32:8, got '3:2'"),
         (["--mask", "diagonal"], "--mask: wanted causal, full, window=TOKENS"),
         (["--peers", "fa9"], "--peers: wanted sdpa-math"),
         (["--directions", "bwd"], "--directions: wanted fwd, fwd+bwd, got 'bwd'"),
+        (["--mask", "window=0"], "--mask window=: wanted a number of tokens such as 4096, 4K or 1M, got '0'"),
+        (["--transport", "foo"], "--transport: wanted auto, pull, ring, gather, hierarchical, ulysses"),
+        (["--head-dim", "100"], "--head-dim: wanted a multiple of 8 from 8 to 256, got 100"),
+        (["--out", "/dev/null/x"], "--out: wanted a folder that can be made and written to, got /dev/null/x (Not a"),
     ],
 )
 def test_wrong_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--device", "cpu", *argv]) == 2
-    assert message in capsys.readouterr().err
+    assert message in _refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--world", "0"], "--world: wanted 2 ranks or more, got 0"),
+        (["--world", "-3"], "--world: wanted 2 ranks or more, got -3"),
+        (["--transports", "pull,foo"], "--transports: wanted auto, pull, ring, gather, hierarchical, ulysses, hierarc"),
+        (["--transports", "mesh:2x1:foo"], "mesh:UxR or mesh:UxR:TRANSPORT, got 'foo'"),
+        (["--window", "0@1K"], "--window: wanted a number of tokens"),
+        (["--packed", "x"], "--packed: wanted a number of tokens"),
+        (["--long", "x"], "--long: wanted a number of tokens"),
+        (["--head-dim", "4"], "--head-dim: wanted a multiple of 8 from 8 to 256, got 4"),
+        (["--out", "/dev/null/x"], "--out: wanted a folder that can be made and written to, got /dev/null/x (Not a"),
+    ],
+)
+def test_wrong_options_of_the_ring_are_named(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfa3_launch.bench.ring.play", _measures_nothing)
+    assert main(["bench", "ring", "--device", "cpu", *argv]) == 2
+    assert message in _refusal(capsys)
+
+
+@pytest.mark.parametrize("command", [["bench", "attention"], ["bench", "ring"], ["trace"], ["doctor"]], ids=" ".join)
+def test_a_gpu_that_is_asked_for_must_be_there(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main([*command, "--device", "cuda"]) == 2
+    assert _refusal(capsys) == "ringfa3: --device: wanted 'cuda' on a machine with a GPU, got a machine without\n"
+
+
+def test_only_what_was_not_expected_says_where_to_find_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(args: Any) -> int:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("ringfa3_launch.doctor.run", fails)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.endswith("together  (RINGFA3_TRACEBACK=1 shows where)\n")
+
+
+def _measures_nothing(*args: Any, **options: Any) -> None:
+    raise AssertionError("it began to measure")
+
+
+def _refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stderr says: a refusal and nothing else."""
+    said = capsys.readouterr().err
+    assert "RINGFA3_TRACEBACK" not in said
+    assert said.startswith("ringfa3: ")
+    assert said.count("\n") == 1
+    return said
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

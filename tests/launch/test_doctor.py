@@ -128,3 +128,10 @@ def test_gpus_are_shown_and_named_in_the_verdict() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="--ranks: wanted 1 or more, got 0"):
         doctor.examine(ranks=0)
+
+
+def test_wrong_options_are_refused_before_it_says_that_it_examines(capsys: pytest.CaptureFixture[str]) -> None:
+    from ringfa3_launch.cli import main
+
+    assert main(["doctor", "--ranks", "0"]) == 2
+    assert capsys.readouterr().err == "ringfa3: --ranks: wanted 1 or more, got 0\n"

@@ -98,7 +98,9 @@ def test_n_must_be_positive() -> None:
         local(0, print)
 
 
-@pytest.mark.parametrize(("how", "world"), [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
+@pytest.mark.parametrize(
+    ("how", "world"), [(signal.SIGINT, 2), (signal.SIGKILL, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1)]
+)
 def test_interrupt_or_death_of_the_caller_ends_the_ranks(
     how: signal.Signals, world: int, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -114,6 +116,8 @@ if __name__ == "__main__":
 """
     script = tmp_path / "program.py"
     script.write_text(program)
+    (tmp_path / "temporary").mkdir()
+    environment["TMPDIR"] = str(tmp_path / "temporary")
     caller = subprocess.Popen(
         [sys.executable, str(script)],
         env=environment,
@@ -125,9 +129,11 @@ if __name__ == "__main__":
     if how == signal.SIGINT:
         os.killpg(caller.pid, how)
     else:
-        caller.kill()
+        caller.send_signal(how)
     _, err = caller.communicate(timeout=30)
-    assert caller.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert caller.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 128 + how)
+    if how != signal.SIGKILL:
+        assert not list((tmp_path / "temporary").glob("ringfa3-*")), "the ranks' folder was left behind"
     assert "Traceback" not in err, err
     deadline = time.monotonic() + 10
     while any(_running(pid) for pid in pids):

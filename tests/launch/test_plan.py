@@ -118,12 +118,24 @@ def test_files_that_say_nothing(content: str, message: str, tmp_path: Path, caps
     [
         (("--heads", "3:2"), "--heads: wanted Q:KV with Q a multiple of KV"),
         (("--hosts", "3"), "--hosts: wanted a divisor of the 4 ranks, got 3"),
-        (("--head-dim", "0"), "--head-dim: wanted 1 or more, got 0"),
+        (("--head-dim", "100"), "--head-dim: wanted a multiple of 8 from 8 to 256, got 100"),
         (("--mesh", "3x2"), "--mesh: wanted ULYSSESxRING whose product is the 4 ranks"),
         (("--transport", "tcp"), "--transport: wanted pull, ring"),
         (("--layout", "spiral"), "--layout: wanted zigzag"),
         (("--transport", "pull", "--hosts", "2"), "across hosts use hierarchical"),
         (("--bandwidth", "tcp=1"), "--bandwidth: wanted pull, ring, hosts = GB/s"),
+        (
+            ("--bandwidth", "pull=0"),
+            "--bandwidth: wanted pull, ring, hosts = GB/s above 0, such as pull=365, got 'pull=0'",
+        ),
+        (("--tflops", "0"), "--tflops: wanted FORWARD or FORWARD,BACKWARD above 0, such as 650,590, got '0'"),
+        (("--depth", "0"), "--depth: wanted 2 buffers or more, one to read and one to fill, got 0"),
+        (("--world", "100000"), "--world: wanted 1..512 ranks, got 100000"),
+        (("--world", "0"), "--world: wanted 1..512 ranks, got 0"),
+        (("--seqlen", "many"), "--seqlen: wanted a number of tokens"),
+        (("--heads", "2:1", "--transport", "ulysses"), "--heads: wanted at least one query head for each of 4 Ulysses"),
+        (("--heads", "6:2", "--mesh", "4x1"), "as plan covers head counts that divide (ring_attention serves others"),
+        (("--png", "a.xyz"), "--png: wanted a file that ends in .png, got a.xyz"),
         (("--tflops", "fast"), "--tflops: wanted FORWARD or FORWARD,BACKWARD"),
         (("--tflops", "600", "--backward"), "--tflops: wanted FORWARD,BACKWARD with --backward"),
         (("--dtype", "fp32"), "--tflops: wanted speeds for fp32"),
@@ -148,6 +160,22 @@ def test_text_timeline_tells_what_happens_when() -> None:
     assert order == list("0101")
     assert hops.count("0") + hops.count("1") > 66
     assert {"-", "="} <= set(lines[1])
+
+
+@pytest.mark.parametrize("transport", ["pull", "ring"])
+def test_picture_says_whose_keys_arrive(transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    found = predict(Job(Mask(), 16 << 10, 4, 32, 8, 128), Way(transport))
+    draw(found, tmp_path / "x.png", "four")
+    bars = [(b.get_paths()[0].get_extents(), b.get_facecolor()[0]) for b in drawn[0].axes[0].collections]
+    for rank in range(4):
+        hops = sorted((b.x0, tuple(colour)) for b, colour in bars if b.y0 == pytest.approx(rank - 0.02))
+        arriving = sorted((b.x0, tuple(colour)) for b, colour in bars if b.y0 == pytest.approx(rank - 0.3))
+        assert len({colour for _, colour in hops}) == 4
+        assert [colour for _, colour in arriving] == [colour for _, colour in hops[1:]]  # in the order of the hops
 
 
 def test_picture_of_many_ranks(tmp_path: Path) -> None:

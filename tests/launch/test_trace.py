@@ -119,7 +119,7 @@ def test_json_and_a_world_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[st
         (("--heads", "3:2"), "--heads: wanted Q:KV with Q a multiple of KV"),
         (("--ranks", "-1"), "--ranks: wanted 1 or more, got -1"),
         (("--calls", "0"), "--calls: wanted 1 or more, got 0"),
-        (("--seqlen", "many"), "size: wanted a number of tokens"),
+        (("--seqlen", "many"), "--seqlen: wanted a number of tokens"),
         (("--out", "/nowhere/x.json"), "--out: wanted a file in a folder that exists"),
         (("--transport", "pigeon", "--ranks", "1"), "pigeon"),
     ],

@@ -176,6 +176,8 @@ def die_in_a_hop(rank: int, size: int) -> float:
     assert caught.value.rank == 1
     assert caught.value.hop is not None
     assert caught.value.host
+    assert caught.value.message.startswith("no longer exchanges messages: ")
+    assert "pair.cc" not in caught.value.message
     return time.monotonic() - start
 
 

@@ -254,6 +254,7 @@ BAD = {
     "k: wanted q's 8 rows": {"k": torch.zeros(1, 7, 2, 16), "v": torch.zeros(1, 7, 2, 16)},
     "v: wanted k's shape": {"v": torch.zeros(1, 8, 1, 16)},
     "q: wanted a number of heads that is a multiple of k's 2, got 3": {"q": torch.zeros(1, 8, 3, 16)},
+    "q: wanted at least one head, got 0": {"q": torch.zeros(1, 8, 0, 16)},
     "q: wanted a head_dim": {n: torch.zeros(1, 8, 2, 264) for n in "qkv"},
     "window: wanted": {"window": (-2, 0)},
     "documents: wanted lengths that sum": {"documents": (3, 4)},
@@ -305,6 +306,9 @@ def one_rank_is_wrong(rank: int, size: int) -> None:
     for name, options, qkv in differing:
         with pytest.raises(ValueError, match=f"ranks disagree on {name}: rank"):
             ringfa3.ring_attention(*qkv, impl="aten", **options)
+    of_plan = "ranks disagree on plan: rank 0 has none, rank 1 has one of 16 positions$"
+    with pytest.raises(ValueError, match=of_plan):
+        ringfa3.ring_attention(good, good, good, plan=ringfa3.plan(Mask(), "zigzag", 16) if rank else None)
     assert ringfa3.ring_attention(good, good, good, impl="aten").shape == good.shape
 
 

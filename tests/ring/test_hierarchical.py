@@ -40,7 +40,7 @@ def test_every_slice_arrives_and_every_gradient_comes_home(world, hosts, depth):
 
 def uneven(rank: int, size: int) -> None:
     x = torch.zeros(1, 4, 1, 16)
-    with pytest.raises(ValueError, match="as many ranks on every host for 'hierarchical', got 2, 1"):
+    with pytest.raises(ValueError, match="the same number of ranks on every host for 'hierarchical:2', got 2 and 1"):
         ringfa3.ring_attention(x, x, x, transport="hierarchical:2")
 
 

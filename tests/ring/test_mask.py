@@ -84,7 +84,7 @@ REFUSED = [
     ({"window": (5, 3)}, r"window: wanted right = 0 or -1 with causal=True, got \(5, 3\)"),
     ({"window": (5, 0), "prefix": 2}, r"window: wanted right = -1 with a prefix.*got \(5, 0\)"),
     ({"prefix": 2, "causal": False}, "prefix: wanted causal=True.*got 2"),
-    ({"prefix": 0}, "prefix: wanted an integer of at least 1, got 0"),
+    ({"prefix": 0}, r"prefix: wanted an integer of at least 1 \(None for no prefix\), got 0"),
     ({"prefix": (2,)}, "prefix: wanted an int where there are no documents"),
     ({"prefix": (2,), "documents": (3, 4)}, "prefix: wanted one length per document, 2, got 1"),
     ({"prefix": (2, 5), "documents": (3, 4)}, "prefix: wanted at most the document's length 4, got 5"),

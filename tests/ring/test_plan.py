@@ -238,6 +238,22 @@ def test_shards_refuse():
         plan(Mask(), "zigzag", 8, group=3)
 
 
+@pytest.mark.parametrize("wrong", [64.0, True, np.float64(64), "64"], ids=repr)
+def test_a_kept_plan_does_not_let_a_wrong_length_in(wrong):
+    p = plan(Mask(causal=False), "zigzag", 64, kv_seqlen=1)
+    assert plan(Mask(causal=False), "zigzag", np.int64(64), kv_seqlen=np.int32(1)) is p
+    plan(Mask(causal=False), "zigzag", 1)
+    unshard(torch.zeros(1, 64), 64)
+    for name, call in {
+        "seqlen": lambda: plan(Mask(causal=False), "zigzag", wrong),
+        "kv_seqlen": lambda: plan(Mask(causal=False), "zigzag", 64, kv_seqlen=wrong),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}: wanted an integer in \[0, 2\*\*30\), got"):
+            call()
+    with pytest.raises(ValueError, match=r"^seqlen: wanted an integer"):
+        unshard(torch.zeros(1, 64), wrong)
+
+
 def test_plan_is_kept_by_value():
     first = plan(Mask(documents=[3, 5]), "zigzag", 8)
     assert plan(Mask(documents=np.array([3, 5])), resolve("zigzag"), 8, device="cpu") is first
@@ -292,6 +308,10 @@ def on_ranks(rank, world):
     assert torch.equal(on_mesh.unshard(on_mesh.shard(x)), x)
     with pytest.raises(ValueError, match=r"group: wanted a ProcessGroup or a 1-D DeviceMesh.* the axes \[1, 1, \d\]"):
         plan(p.mask, "striped", seqlen, init_device_mesh("cpu", (1, 1, world)))
+    first = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match=r"^group: this rank is not a member of it$"):
+            plan(p.mask, "zigzag", seqlen, first)
     return plan(p.mask, "zigzag", seqlen) is p
 
 

@@ -399,3 +399,21 @@ def test_automatic():
     assert automatic(large, cuda, Fleet(one[0], two[0])) == "ring"
     assert automatic(large, cuda, Fleet(one[0], one[0])) == "ring"  # one GPU for both
     assert hosts_of((*one, *two, one[0])) == (0, 0, 0, 0, 1, 1, 1, 1, 0)
+
+
+def test_a_watchdog_ends_a_meeting():
+    meeting = Meeting(dist.HashStore(), "test", (0, 1), 0, timeout=60.0)
+
+    def watchdog() -> None:
+        while meeting.awaited != 1:
+            time.sleep(1e-3)
+        meeting.failure = RankFailed(1, "", 0, "has stalled")
+
+    thread = threading.Thread(target=watchdog)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match="has stalled"):
+        meeting.exchange(None)
+    thread.join()
+    assert time.monotonic() - start < 5
+    assert meeting.awaited is None

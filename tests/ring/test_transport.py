@@ -13,6 +13,7 @@ from ringfa3.gang import Gang
 from ringfa3.transport import Gather, Ring
 from ringfa3.transport.packing import Piece, add
 from ringfa3.transport.route import hull, inbound, last, outbound
+from ringfa3.transport.wire import Wire
 
 TRANSPORTS = {"ring": Ring, "two buffers": lambda wire: Ring(wire, buffers=2), "gather": Gather}
 MASKS = (Mask(), Mask(causal=False), Mask(window=(3, 0)), Mask(documents=(9, 4, 10)), Mask(causal=False, window=(0, 6)))
@@ -198,3 +199,26 @@ def test_sums_of_pieces(a, b):
 def test_a_ring_needs_two_buffers():
     with pytest.raises(ValueError, match="buffers: wanted at least 2"):
         Ring(Gang.of(None).wire(torch.device("cpu")), buffers=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "[/__w/pytorch/third_party/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2700. "
+            "This is typically caused by a remote worker crashing. Check the logs",
+            "Connection closed by peer [127.0.0.1]:2700",
+        ),
+        (
+            "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, remote process exited, NCCL version 2.27\n"
+            "ncclRemoteError: ...",
+            "NCCL error in: remote process exited, NCCL version 2.27",
+        ),
+        ("the group's messages were ended", "the group's messages were ended"),
+        ("", "RuntimeError"),
+    ],
+    ids=["gloo", "nccl", "ours", "nothing"],
+)
+def test_a_failed_message_says_what_went_wrong_and_not_where_in_the_backend(said: str, kept: str) -> None:
+    failed = Wire(None, torch.device("cpu")).failed(1, 2, RuntimeError(said))
+    assert str(failed) == f"rank 1 in hop 2: no longer exchanges messages: {kept}"

@@ -102,6 +102,8 @@ def same_everywhere(world: Any, what: str, direction: str, options: dict[str, An
     told = [said for said in told if said is not None]
     assert len(told) == 3 - len(dying)
     assert {rank for rank, _, _ in told} == {1}
+    if what == "dies" and shared:
+        assert {message for _, message, _ in told} == {"its process has ended"}
     if what != "dies" and options["transport"] == "ring":  # otherwise it is seen in several ways at once
         assert len({message for _, message, _ in told}) == 1
     assert max(took for _, _, took in told) < SOON

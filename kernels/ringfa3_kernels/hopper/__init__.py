@@ -1,4 +1,4 @@
-"""Hopper (sm_90a) attention in Gluon: TMA, asynchronous wgmma, warp specialisation. No backward yet."""
+"""Hopper (sm_90a) attention in Gluon, forward and backward: TMA, asynchronous wgmma, warp specialisation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from ringfa3_kernels.call import Call
-from ringfa3_kernels.types import Partial, Unsupported, Visible
+from ringfa3_kernels.types import Partial, Visible
 
 NAME = "hopper"
 
 
 def unsupported(call: Call) -> str | None:
     """What this implementation lacks for a call, or None if it serves it."""
-    if call.direction == "backward":
-        return "backward: not written yet"
     if call.device != "cuda" or call.capability != (9, 0):
         return f"needs a GPU of compute capability 9.0, got {call.device} {call.capability[0]}.{call.capability[1]}"
     if call.dtype not in (torch.bfloat16, torch.float16):
@@ -41,6 +39,39 @@ def attend(
     return launch.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
 
 
-def attend_backward(*args: object, **kwargs: object) -> None:
-    """Not there yet: dispatch never comes here, because `unsupported` says so."""
-    raise Unsupported("hopper: backward: not written yet")
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    visible: Visible,
+    *,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: bool,
+    scale: float,
+    softcap: float,
+    deterministic: bool,
+) -> None:
+    """Gradients of `attend`, added in place or stored; see `ringfa3_kernels.attend_backward`."""
+    from ringfa3_kernels.hopper import backward_launch
+
+    backward_launch.attend_backward(
+        dout,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        visible,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        accumulate=accumulate,
+        scale=scale,
+        softcap=softcap,
+        deterministic=deterministic,
+    )

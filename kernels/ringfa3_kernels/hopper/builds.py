@@ -6,26 +6,18 @@ no spills, no C75xx (serialised wgmma), and in every step the softmax between th
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
-import subprocess
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringfa3_kernels.aot import SERIALISED, Build
+from ringfa3_kernels.aot import Build, inspect
 from ringfa3_kernels.hopper import configs, launch
 from ringfa3_kernels.hopper.forward import attend_forward
 from ringfa3_kernels.types import Partial, Visible
@@ -71,6 +63,7 @@ def compile(
     Hq: int = 8,
     Hkv: int = 8,
     change: dict[str, Any] | None = None,
+    keep: str | None = None,
 ) -> HopperBuild:
     """Compile the kernel that such a call would launch.
 
@@ -79,38 +72,40 @@ def compile(
         mode: "plain" (out in the inputs' dtype), "wide" (fp32), "into" (continues a fp32 state), "last" (continues one,
             writes the inputs' dtype).
         change: fields of the table's tile to try in another way.
+        keep: a file to write the SASS to.
     """
-    begin = time.perf_counter()
     one = _launch(D, mask, mode, getattr(torch, dtype), softcap, Sq, Sk, Hq, Hkv, change)
-    log = io.StringIO()
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        contextlib.redirect_stdout(log),
-        knobs.cache.scope(),
-        knobs.nvidia.scope(),
-    ):
-        knobs.cache.dir = cache  # a cached kernel would come without ptxas' words
-        knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(_source(one), target=GPUTarget("cuda", 90, 32), options=dict(launch.OPTIONS))
-        sass = _disassemble(compiled.asm["cubin"], Path(cache))
-    said = log.getvalue()
-    return HopperBuild(
-        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
-        spills=sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
-        shared=compiled.metadata.shared,
-        serialised=tuple(sorted(set(SERIALISED.findall(said)))),
-        hgmma=len(re.findall(r"\bHGMMA", sass)),
-        hmma=len(re.findall(r"\bHMMA", sass)),
-        ffma=len(re.findall(r"\bFFMA", sass)),
-        tma=len(re.findall(r"\bUTMALDG", sass)),
-        seconds=round(time.perf_counter() - begin, 2),
-        steps=steps(sass),
-    )
+    kernel = source(attend_forward, one.args, launch.constants(one.config))
+    build, texts = inspect(kernel, capability=(9, 0), options=launch.OPTIONS)
+    if keep:
+        Path(keep).write_text(texts["sass"])
+    return HopperBuild(**vars(build), steps=steps(texts["sass"]))
+
+
+def source(kernel: Any, args: Sequence[Any], constants: Any) -> GluonASTSource:
+    """What a launch of a Gluon kernel would compile: types as Triton would take them from the arguments.
+
+    Args:
+        args: of the launch; tensors may be without memory.
+        constants: the kernel's last argument, C.
+    """
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int], Any] = {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + NAMES[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    signature["C"] = "constexpr"
+    return GluonASTSource(kernel, signature, {(len(args),): constants}, attrs)
 
 
 def steps(sass: str) -> tuple[Step, ...]:
     """The key loops found in a disassembly: the innermost one around every wait for QK alone."""
-    code, labels = _instructions(sass)
+    code, labels = instructions(sass)
     loops = []
     for i, (_, text) in enumerate(code):
         found = re.match(r"(?:@!?U?P\d+ )?BRA\S* .*?(?:`\((\S+)\)|0x([0-9a-f]+))", text)
@@ -138,7 +133,7 @@ def _step(body: Sequence[str]) -> Step:
     )
 
 
-def _instructions(sass: str) -> tuple[list[tuple[int, str]], dict[str | int, int]]:
+def instructions(sass: str) -> tuple[list[tuple[int, str]], dict[str | int, int]]:
     """(address, text) of every instruction, and the index that a label or an address stands for."""
     code: list[tuple[int, str]] = []
     labels: dict[str | int, int] = {}
@@ -187,31 +182,3 @@ def _launch(
     return launch.prepare(
         q, k, k, visible, result, into, scale=D**-0.5, softcap=cap, counter=counter, sms=132, tile=tile
     )
-
-
-def _source(one: launch.Launch) -> GluonASTSource:
-    """What the launch would compile: types as Triton would take them from the arguments."""
-    signature: dict[str, str] = {}
-    attrs: dict[tuple[int], Any] = {}
-    for i, (name, value) in enumerate(zip(attend_forward.arg_names, one.args, strict=False)):
-        if isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + NAMES[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-    signature["C"] = "constexpr"
-    constants = {(len(one.args),): launch.constants(one.config)}
-    return GluonASTSource(attend_forward, signature, constants, attrs)
-
-
-def _disassemble(cubin: bytes, folder: Path) -> str:
-    """SASS; the nvdisasm of Triton 3.9 shows only the header of what its own ptxas wrote, cuobjdump shows it all."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    for command in ([knobs.nvidia.nvdisasm.path, "-c"], [knobs.nvidia.cuobjdump.path, "-sass"]):
-        text = subprocess.run([*command, path], capture_output=True, text=True, check=False).stdout
-        if "/*0000*/" in text:
-            return text
-    raise RuntimeError("neither nvdisasm nor cuobjdump could disassemble the kernel")

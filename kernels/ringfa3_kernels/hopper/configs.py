@@ -7,7 +7,7 @@ from typing import Any
 
 FULL, CAUSAL, INTERVALS = 0, 1, 2  # Config.MASK
 NO_CAP, CAP_FAST, CAP_EXACT = 0, 1, 2  # Config.SOFTCAP
-OUT_REGISTERS, OUT_SHARED, OUT_ALIAS = 0, 1, 2  # Config.OUT
+OUT_REGISTERS, OUT_SHARED, OUT_ALIAS, OUT_DIRECT = 0, 1, 2, 3  # Config.OUT
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Config:
         V_LATE: wait for V between the issue of QK and of PV, not before both.
         LAZY_RESCALE: leave the running maximum (and O) alone while it is at most 2^8 too small.
         PINGPONG: warpgroups issue their matrix products in turns.
+        DIRECT: where shared memory has no room for 16-bit output, that leaves from registers.
         K_LATE: give K's buffer back only after the row maximum: where ptxas would hoist the PV wait above it.
         MASK: FULL, CAUSAL (bounds from the row number, Sq <= Sk) or INTERVALS (lo and hi read per row).
         ALIGNED: causal whose diagonal lies inside the first block visited: no other block is masked.
@@ -31,8 +32,9 @@ class Config:
         SOFTCAP: NO_CAP, CAP_FAST or CAP_EXACT.
         INTO: the softmax continues from given fp32 out and lse.
         PREFETCH: with INTO, that out comes through shared memory, loaded with the queries (does not fit at D 256).
-        LIVE: visit only the row tiles that see a key; the others' state in memory stays as it is.
-        OUT: OUT_REGISTERS (fp32), OUT_SHARED (16 bits, own buffer) or OUT_ALIAS (16 bits, through Q's buffer).
+        LIVE: visit only the row tiles that see a key; with INTO the others' state in memory stays as it is.
+        OUT: OUT_REGISTERS (fp32), OUT_SHARED (16 bits, own buffer), OUT_ALIAS (16 bits, through Q's buffer) or
+            OUT_DIRECT (16 bits, from registers).
         PACK: query heads folded into the rows of a tile (a power of two, at least the GQA group), or 1.
         EVEN: head_dim is D itself.
     """
@@ -49,6 +51,7 @@ class Config:
     LAZY_RESCALE: bool = False
     PINGPONG: bool = False
     K_LATE: bool = False
+    DIRECT: bool = False
     MASK: int = FULL
     ALIGNED: bool = False
     TAIL: bool = False
@@ -76,6 +79,20 @@ class Config:
         return self.MASK != FULL and not self.ALIGNED
 
     @property
+    def FILL(self) -> bool:
+        """Rows of tiles that are not visited must be written all the same."""
+        return self.LIVE and not self.INTO
+
+    @property
+    def PACKED(self) -> bool:
+        """P goes round the key loop as int32, two numbers in each.
+
+        As 16-bit numbers ptxas packs them again in every step (32 PRMT of 450 instructions) in some of D 64's three
+        copies of the loop. With INTO the ptxas of Triton 3.9 serialises wgmma over it.
+        """
+        return self.D == 64 and not self.INTO
+
+    @property
     def GUARD(self) -> bool:
         """A whole block may be hidden from a row: keep its maximum finite."""
         return self.BRANCH
@@ -89,9 +106,9 @@ TABLE: dict[tuple[int, int], Config] = {
     (128, FULL): Config(128, 128, 128, V_LATE=True),
     (128, CAUSAL): Config(128, 128, 128, V_LATE=True),
     (128, INTERVALS): Config(128, 128, 128, V_LATE=True),
-    (256, FULL): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True),
-    (256, CAUSAL): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, K_LATE=True),
-    (256, INTERVALS): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, K_LATE=True),
+    (256, FULL): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, DIRECT=True),
+    (256, CAUSAL): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, K_LATE=True, DIRECT=True),
+    (256, INTERVALS): Config(256, 128, 64, QB=1, LAZY_RESCALE=True, PINGPONG=True, K_LATE=True, DIRECT=True),
 }
 # Causal D 64 up to this many keys: a diagonal through 128 rows wastes less than one through 192 (+7% at 2K, -4% at 8K).
 SHORT = 4096
@@ -131,7 +148,122 @@ def variant(tile: Config, *, into: bool, wide: bool, **call: Any) -> Config:
     small = tile.D <= 64
     # shared memory is full: at D 256 with Q, K and V alone, at D 128 with the prefetched state besides
     roomy = small or (tile.D == 128 and not into)
-    out = OUT_REGISTERS if wide else OUT_SHARED if roomy else OUT_ALIAS
+    direct = tile.DIRECT and not into
+    out = OUT_REGISTERS if wide else OUT_SHARED if roomy else OUT_DIRECT if direct else OUT_ALIAS
     prefetch = into and tile.D <= 128
     buffers = 1 if out == OUT_ALIAS or (prefetch and not small) else tile.QB
     return replace(tile, INTO=into, PREFETCH=prefetch, OUT=out, QB=buffers, **call)
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Everything the backward kernel is compiled for: the tile (from the table) and the call's variant.
+
+    Args:
+        D: head_dim rounded up to 64, 128 or 256; TMA fills the rest with zeros.
+        BM, BN: query rows of a block, keys of a tile.
+        Q_STAGES, DO_STAGES: blocks of queries and of dout in flight.
+        SPLIT_D: both warpgroups hold all keys and half of head_dim of dK and dV (D 256), instead of half the keys each.
+        WRITER: a warp of its own sends dQ to memory and waits for it (PARTS 1).
+        PARTS: dQ leaves in so many parts a step (1 or 2), through one buffer.
+        STAGGER: key tiles begin their walk at different rows, so that CTAs in step add to different dQ.
+        DQ: compute and add dQ; without it the launch gives dK and dV alone.
+        CONSUMER_REGS, PRODUCER_REGS: setmaxnreg; past 504 in all it is silently dropped.
+        MASK: FULL, CAUSAL (bounds from the row number) or INTERVALS (query bounds read per key).
+        TAIL: full, and Sk is no multiple of BN.
+        SOFTCAP: NO_CAP, CAP_FAST or CAP_EXACT.
+        PRESCALE: dS carries the scale, at no cost, so that dQ and dK need none; not for fp16, whose range is short.
+        WIDE: dK and dV leave as fp32, else in the inputs' dtype.
+        ACCUMULATE: with WIDE, they are added to what is there.
+    """
+
+    D: int
+    BM: int
+    BN: int = 128
+    Q_STAGES: int = 2
+    DO_STAGES: int = 2
+    SPLIT_D: bool = False
+    WRITER: bool = False
+    PARTS: int = 1
+    STAGGER: bool = False
+    DQ: bool = True
+    CONSUMER_REGS: int = 240
+    PRODUCER_REGS: int = 24
+    MASK: int = FULL
+    TAIL: bool = False
+    SOFTCAP: int = NO_CAP
+    PRESCALE: bool = True
+    WIDE: bool = False
+    ACCUMULATE: bool = False
+
+    @property
+    def ROLES(self) -> bool:
+        """With SPLIT_D, one warpgroup computes P of all rows and the other dS, not each both of half the rows.
+
+        Not with a softcap: dS then needs more than P.
+        """
+        return self.SPLIT_D and not self.SOFTCAP
+
+    @property
+    def TURN(self) -> bool:
+        """dQ is computed transposed, whose stores to shared memory meet no bank twice (those of dQ do).
+
+        Its columns are then rows of wgmma, 64 at the least: a share of 32 (BM 64 at D 64, with a softcap) is not.
+        """
+        return self.QD >= 64
+
+    @property
+    def WN(self) -> int:
+        """Keys whose dK and dV a warpgroup holds."""
+        return self.BN if self.SPLIT_D else self.BN // 2
+
+    @property
+    def WD(self) -> int:
+        """Columns of head_dim whose dK and dV a warpgroup holds."""
+        return self.D // 2 if self.SPLIT_D else self.D
+
+    @property
+    def SM(self) -> int:
+        """Query rows of the block of S^T that a warpgroup computes."""
+        return self.BM // 2 if self.SPLIT_D and not self.ROLES else self.BM
+
+    @property
+    def QM(self) -> int:
+        """Query rows of a warpgroup's share of dQ: half of them where that is a whole wgmma, else half the columns."""
+        return self.BM // 2 if self.BM > 64 else self.BM
+
+    @property
+    def QD(self) -> int:
+        """Columns of a warpgroup's share of dQ."""
+        return self.D if self.BM > 64 else self.D // 2
+
+    @property
+    def DS_STAGES(self) -> int:
+        """Buffers of dS: with SPLIT_D the consumers meet over P between a step's reads and the next step's stores."""
+        return 1 if self.SPLIT_D else 2
+
+    @property
+    def P_STAGES(self) -> int:
+        """Buffers of P; with ROLES one barrier more says that it is free."""
+        return 1 if self.ROLES else 2
+
+    @property
+    def QR(self) -> int:
+        """Rows of a part of dQ that leaves at a time: all warps hold all rows of dQ^T, and each its own columns."""
+        return self.QM // self.PARTS
+
+    @property
+    def BRANCH(self) -> bool:
+        """Some blocks need the mask."""
+        return self.MASK != FULL or self.TAIL
+
+
+# (D, MASK) -> tile of the backward; kernels/bench/bench_backward.py sweep times the alternatives to each row.
+BACKWARD_TABLE: dict[tuple[int, int], BackwardConfig] = {
+    **{(64, mask): BackwardConfig(64, 128) for mask in (FULL, CAUSAL, INTERVALS)},
+    **{(128, mask): BackwardConfig(128, 64) for mask in (FULL, CAUSAL, INTERVALS)},
+    **{
+        (256, mask): BackwardConfig(256, 64, 64, DO_STAGES=1, SPLIT_D=True, PARTS=2)
+        for mask in (FULL, CAUSAL, INTERVALS)
+    },
+}

@@ -3,8 +3,10 @@
 from dataclasses import fields
 from typing import Any
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core as gluon_core
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language import core
 
@@ -12,6 +14,23 @@ from triton.language import core
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+
+
+@gluon_core.builtin
+def _tma_reduce_add(tensor_desc, coord, src, _semantic=None):
+    """Add shared memory to what a descriptor covers (cp.reduce.async.bulk.tensor): 3.6 has no wrapper for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon_core.builtin
+def reinterpret(memory, dtype, shape, layout, _semantic=None):
+    """Shared memory as buffers of another type, shape and layout: 3.9 calls the method by another name."""
+    method = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
+tma_reduce_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_reduce_add
 
 
 def aggregate(cls: Any) -> Any:
@@ -57,6 +76,19 @@ def score_layout(C):
 def out_layout(C):
     """fp32 [BM / NWG, D]: the accumulator of P V, one warpgroup."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
+
+
+@gluon.constexpr_function
+def line_layout(C):
+    """[BM / NWG, D] of 16 bits: `out_layout`, columns exchanged in quads of lanes so that each has 16 bytes."""
+    columns = [[0, n] for n in (32, 64, 128) if n < C.D]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0], *columns],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [C.WM, C.D],
+    )
 
 
 @gluon.constexpr_function
@@ -114,6 +146,15 @@ def wide_product(x, stride):
     if stride.dtype == gl.int32:
         stride = again(stride)
     return x.to(gl.int64) * stride.to(gl.int64)
+
+
+@gluon.jit
+def pack_16(low, high, dtype: gl.constexpr):
+    """Two fp32 rounded to 16 bits, in one int32."""
+    KIND: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    return gl.inline_asm_elementwise(
+        f"cvt.rn.{KIND}.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit

@@ -108,16 +108,15 @@ def prepare(
     if scale < 0 and not softcap:
         q, scale = -q, -scale  # the running maximum of scale * s needs scale > 0
     C = _config(D, visible.kind, q.dtype, Sq, Sk, Hq // Hkv, softcap != 0, into is not None, wide, tile)
-    heads = Hkv if C.PACK > 1 else Hq
-    rows = C.BM // C.PACK
-    num_m = schedule.cdiv(Sq, rows)
-    lo, hi, rows_stride, tiles, live = result.lse, result.lse, 0, counter, counter
+    sizes = _sizes(C, B, Sq, Sk, Hq, Hkv, D)
+    lo, hi, rows_stride, tiles = result.lse, result.lse, 0, counter
     if C.MASK == INTERVALS:
         lo, hi = visible.lo.contiguous(), visible.hi.contiguous()
         rows_stride = Sq if lo.ndim == 2 else 0
-        tiles, live = schedule.tile_table(visible, rows, C.BN)
-    state = result.out if wide else (into.out if into is not None else None)
-    strides = [x // 4 for x in state.stride()[:3]] if state is not None else [0, 0, 0]
+        tiles = schedule.tile_table(visible, C.BM // C.PACK, C.BN)
+    state = into.out if into is not None and not wide else result.out
+    unit = 16 // state.element_size()
+    strides = [x // unit for x in state.stride()[:3]]
     query = _query_desc(q, Hkv, C)
     args = (
         query,
@@ -125,7 +124,7 @@ def prepare(
         _key_desc(v, C),
         query if wide else _query_desc(result.out, Hkv, C),
         _query_desc(into.out, Hkv, C) if into is not None and C.PREFETCH else query,
-        result.lse if state is None else state,
+        state,
         *strides,
         result.lse,
         lo,
@@ -133,21 +132,21 @@ def prepare(
         rows_stride,
         tiles,
         tiles.stride(0) if C.MASK == INTERVALS and tiles.shape[0] > 1 else 0,
-        live,
         counter,
         (softcap or scale or TINY) * LOG2E,
         scale / softcap if softcap else 0.0,
-        B * heads,
-        num_m * B * heads,
-        num_m,
-        schedule.heads_per_wave(B * heads, Hq // Hkv if C.PACK == 1 else 1, Sk, D, masked=C.MASK != FULL),
-        heads,
-        Hq // Hkv,
-        Sq,
-        Sk,
-        D,
+        *sizes,
     )
-    return Launch(args, C, (min(sms, num_m * B * heads),))
+    return Launch(args, C, (min(sms, sizes[1]),))
+
+
+@lru_cache(maxsize=4096)
+def _sizes(C: Config, B: int, Sq: int, Sk: int, Hq: int, Hkv: int, D: int) -> tuple[int, ...]:
+    """The kernel's last arguments: pairs, ntiles, num_m, wave, heads, group, Sq, Sk, D."""
+    heads = Hkv if C.PACK > 1 else Hq
+    num_m = -(-Sq // (C.BM // C.PACK))
+    wave = schedule.heads_per_wave(B * heads, Hq // Hkv if C.PACK == 1 else 1, Sk, D, masked=C.MASK != FULL)
+    return B * heads, num_m * B * heads, num_m, wave, heads, Hq // Hkv, Sq, Sk, D
 
 
 @lru_cache(maxsize=4096)
@@ -181,7 +180,7 @@ def _config(
         ALIGNED=mask == CAUSAL and base.BM == base.BN and Sk % base.BN == 0 and (Sk - Sq) % base.BN == 0,
         TAIL=mask == FULL and Sk % base.BN != 0,
         SOFTCAP=_softcap(softcap, dtype),
-        LIVE=mask == INTERVALS and into and wide,
+        LIVE=mask == INTERVALS and (wide or not into),
         PACK=pack,
         EVEN=width == D,
     )
@@ -213,16 +212,35 @@ def _query_desc(x: Tensor, Hkv: int, C: Config) -> TensorDescriptor:
     """[B, S, Hq, D] as [B, S, Hkv, group, D]: a block has WM / PACK positions of PACK heads (zeros past the group)."""
     B, S, Hq, D = x.shape
     sb, ss, sh, _ = x.stride()
-    block = [1, C.WM // C.PACK, 1, C.PACK, C.D]
     group = Hq // Hkv
-    return TensorDescriptor(
-        x, [B, S, Hkv, group, D], [sb, ss, sh * group, sh, 1], block, _layout(tuple(block), x.dtype)
-    )
+    block = (1, C.WM // C.PACK, 1, C.PACK, C.D)
+    return _descriptor(x, (B, S, Hkv, group, D), (sb, ss, sh * group, sh, 1), block)
 
 
 def _key_desc(x: Tensor, C: Config) -> TensorDescriptor:
-    block = [1, C.BN, 1, C.D]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(tuple(block), x.dtype))
+    return _descriptor(x, tuple(x.shape), x.stride(), (1, C.BN, 1, C.D))
+
+
+def _descriptor(
+    x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """What TMA is to read or write. Triton checks every descriptor that is made (4 us): here, every shape once."""
+    if x.data_ptr() % 16:
+        raise ValueError(f"TMA: wanted a pointer that is a multiple of 16 bytes, got {x.data_ptr():#x}")
+    found = object.__new__(TensorDescriptor)
+    vars(found).update(_described(shape, strides, block, x.dtype), base=x)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _described(
+    shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, Any]:
+    nothing = torch.empty(0, dtype=dtype, device="meta")
+    checked: dict[str, Any] = vars(
+        TensorDescriptor(nothing, list(shape), list(strides), list(block), _layout(block, dtype))
+    )
+    return checked
 
 
 @cache

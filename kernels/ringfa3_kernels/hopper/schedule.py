@@ -16,6 +16,7 @@ from ringfa3_kernels.types import Visible
 CAUSAL = gl.constexpr(1)
 INTERVALS = gl.constexpr(2)
 FIELDS = gl.constexpr(5)  # of a row of the tile table: row tile, begin, unmasked begin, unmasked end, end
+LIVE_TILES = gl.constexpr(5)  # after them, in every row: how many row tiles see a key
 PITCH = gl.constexpr(8)  # int32 from row to row of the table
 L2_BYTES = 32 << 20  # keys and values that a group of heads may keep in L2 while their row tiles take turns
 
@@ -60,7 +61,7 @@ def bounds(slot, b, work, C: gl.constexpr):
     return mi, begin, full_begin, full_end, end
 
 
-def tile_table(visible: Visible, rows: int, block_n: int) -> tuple[Tensor, Tensor]:
+def tile_table(visible: Visible, rows: int, block_n: int) -> Tensor:
     """The row tiles of a mask, longest first (those that see nothing come last); computed on the device once a plan.
 
     Args:
@@ -68,21 +69,24 @@ def tile_table(visible: Visible, rows: int, block_n: int) -> tuple[Tensor, Tenso
         block_n: keys of a block.
 
     Returns:
-        int32 [B or 1, row tiles, PITCH]: row tile, begin, unmasked begin, unmasked end, end (at least begin + 1).
-        int32 [1]: row tiles that see a key (at least 1; the largest over the batch).
+        int32 [B or 1, row tiles, PITCH]: row tile, begin, unmasked begin, unmasked end, end (at least begin + 1), and
+        how many row tiles see a key (at least 1; the largest over the batch). Blocks before unmasked begin are masked
+        by lo, those from unmasked end on by hi.
     """
-    key = ("key, longest first", rows, block_n, 0)
-    if key not in visible._tiles:
-        tiles = visible.key_tiles(rows, block_n)
-        length = tiles[..., 3] - tiles[..., 0]
-        order = torch.argsort(length, dim=-1, descending=True, stable=True)
-        tiles = tiles.gather(1, order[..., None].expand(-1, -1, 4))
-        begin, full_begin, full_end, end = tiles.unbind(-1)
-        end = torch.maximum(end, begin + 1)
-        table = torch.stack([order.int(), begin, full_begin, full_end, end], -1)
-        visible._tiles[key] = torch.nn.functional.pad(table, (0, PITCH.value - FIELDS.value)).contiguous()
-        visible._tiles[("live", rows, block_n, 0)] = (length > 0).sum(-1).max().clamp(min=1).int().reshape(1)
-    return visible._tiles[key], visible._tiles[("live", rows, block_n, 0)]
+    return visible.kept(("row tiles, longest first", rows, block_n), lambda: _tile_table(visible, rows, block_n))
+
+
+def _tile_table(visible: Visible, rows: int, block_n: int) -> Tensor:
+    tiles = visible.key_tiles(rows, block_n)
+    length = tiles[..., 3] - tiles[..., 0]
+    order = torch.argsort(length, dim=-1, descending=True, stable=True)
+    begin, full_begin, full_end, end = tiles.gather(1, order[..., None].expand(-1, -1, 4)).unbind(-1)
+    end = torch.maximum(end, begin + 1)
+    none = full_begin >= full_end  # no unmasked block: lo and hi may both cut through any
+    full_begin, full_end = torch.where(none, end, full_begin), torch.where(none, begin, full_end)
+    live = (length > 0).sum(-1).max().clamp(min=1).expand_as(begin)
+    table = torch.stack([x.int() for x in (order, begin, full_begin, full_end, end, live)], -1)
+    return torch.nn.functional.pad(table, (0, PITCH.value - FIELDS.value - 1)).contiguous()
 
 
 def heads_per_wave(heads: int, group: int, Sk: int, D: int, *, masked: bool) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ringfa3_launch.bench.case import DIRECTIONS, DTYPES, PEERS, RING_PEERS, Sweep, parse_mask, parse_size
 from ringfa3_launch.console import Advance, Console
 from ringfa3_launch.local import local
+from ringfa3_launch.options import checked_head_dim, checked_transport, gpus_for, made_folder
 from ringfa3_launch.rank import RankInfo, init, launched
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     silent = info is not None and info.rank > 0
     console = Console(rich=not silent)
     if args.out is not None and not silent:
+        made_folder("--out", args.out)
         announce_plot(console)
     from ringfa3_launch.bench.sweep import measure, program
 
@@ -102,9 +104,7 @@ def sweep_from(args: argparse.Namespace, info: RankInfo | None) -> Sweep:
     Raises:
         ValueError: an option is wrong; names it.
     """
-    import torch
-
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    gpus = gpus_for(args.device)
     most = info.world if info is not None else gpus or max(2, *integers("--worlds", args.worlds or "2"))
     worlds = integers("--worlds", args.worlds) if args.worlds else tuple(w for w in _powers(most))
     if min(worlds) < 1 or max(worlds) > most:
@@ -119,16 +119,16 @@ def sweep_from(args: argparse.Namespace, info: RankInfo | None) -> Sweep:
     subset("--peers", peers, (*PEERS, *RING_PEERS))
     seqlens = args.seqlens or ("1K,4K,16K,64K" if gpus else "1K,2K,4K")
     return Sweep(
-        seqlens=tuple(sorted({parse_size(size) for size in seqlens.split(",")})),
+        seqlens=tuple(sorted({parse_size(size, "--seqlens") for size in seqlens.split(",")})),
         worlds=tuple(sorted(set(worlds))),
         Hq=heads[0],
         Hkv=heads[1],
-        D=args.head_dim,
+        D=checked_head_dim(args.head_dim),
         dtype=args.dtype or ("bf16" if gpus else "fp32"),
         mask=parse_mask(args.mask),
         directions=directions,
         layout=args.layout,
-        transport=args.transport,
+        transport=checked_transport("--transport", args.transport),
         impl=args.impl,
         peers=peers,
         device="cuda" if gpus else "cpu",

@@ -121,15 +121,18 @@ def packed_lengths(seqlen: int, seed: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "size") -> int:
     """ "1K" -> 1024, "1M" -> 1048576, "1000" -> 1000.
+
+    Args:
+        option: where it was given, for errors.
 
     Raises:
         ValueError: not a size.
     """
     match = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
     if match is None or int(match[1]) == 0:
-        raise ValueError(f"size: wanted a number of tokens such as 4096, 4K or 1M, got {text!r}")
+        raise ValueError(f"{option}: wanted a number of tokens such as 4096, 4K or 1M, got {text!r}")
     return int(match[1]) << {"": 0, "K": 10, "M": 20}[match[2].upper()]
 
 
@@ -149,7 +152,7 @@ def parse_mask(text: str) -> str:
     """
     kind, equals, value = text.partition("=")
     if kind == "window" and equals:
-        return f"window={parse_size(value)}"
+        return f"window={parse_size(value, '--mask window=')}"
     if text in ("causal", "full", "documents", "packed") or (
         kind == "documents" and value.isdigit() and int(value) > 0
     ):

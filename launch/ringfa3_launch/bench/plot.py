@@ -17,7 +17,8 @@ from ringfa3_launch.bench.sweep import Result
 
 Figure = Callable[[Result], float | None]  # a case's figure, or None
 
-OUR_COLOURS = ("#08519c", "#3182bd", "#6baed6", "#9ecae1")  # by world, darkest alone
+OUR_COLOURS = ("#08306b", "#1fb5d6", "#31a354", "#8c510a")  # by world
+OUR_MARKS = ("o", "^", "D", "v")
 PEER_COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#a6761d", "#666666")
 
 
@@ -25,7 +26,7 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     """Write the plot: a row of panels for each direction."""
     directions = [d for d in DIRECTIONS if any(result.case.direction == d for result in results)]
     figure, axes = pyplot.subplots(
-        len(directions), 4, figsize=(21, 4.6 * len(directions) + 0.6), squeeze=False, layout="constrained"
+        len(directions), 4, figsize=(21, 6.2 * len(directions) + 0.6), squeeze=False, layout="constrained"
     )
     for direction, row in zip(directions, axes, strict=True):
         own = [result for result in results if result.case.direction == direction]
@@ -97,14 +98,15 @@ def _error(panel: Any, results: list[Result], direction: str) -> None:
 
 
 def _ours(panel: Any, results: list[Result], figure: Figure, *, spread: bool = False) -> None:
-    """A blue line for each world."""
+    """A thick line for each world."""
     for i, world in enumerate(sorted({result.case.world for result in results})):
         own = [result for result in results if result.case.world == world and figure(result) is not None]
         if not own:
             continue
         x, y = [result.case.seqlen for result in own], [figure(result) or 0.0 for result in own]
-        colour = OUR_COLOURS[min(i, len(OUR_COLOURS) - 1)]
-        panel.plot(x, y, "o-", color=colour, linewidth=2, label=f"ringfa3 W{world}", zorder=3)
+        n = min(i, len(OUR_COLOURS) - 1)
+        colour, mark = OUR_COLOURS[n], OUR_MARKS[n]
+        panel.plot(x, y, f"{mark}-", color=colour, linewidth=2, label=f"ringfa3 W{world}", zorder=3)
         if spread:
             rates = [rates for result in own if (rates := result.tflops(OURS))]
             low, high = ([r.quantile(q) for r in rates] for q in (0.2, 0.8))
@@ -143,7 +145,7 @@ def _finish(panel: Any, results: list[Result]) -> None:
     panel.set_xlabel("sequence length, tokens on all ranks together")
     panel.grid(alpha=0.3)
     if panel.get_legend_handles_labels()[0]:
-        panel.legend(fontsize=8, framealpha=0.8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)  # covers no line there
     else:
         panel.text(0.5, 0.5, "not measured", ha="center", va="center", transform=panel.transAxes, color="grey")
 

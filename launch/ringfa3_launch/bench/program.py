@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
+import faulthandler
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ WARM_TOKENS = 256  # a rank
 ASSUMED = {"cuda": 250e12, "cpu": 2e9}  # operations a second and rank, before the first match has shown better
 SLOWER = 0.6  # of the best rate seen: what slower entries and backward passes reach
 OVERHEAD = {"cuda": 0.7, "cpu": 0.2}  # seconds that an entry takes beside its calls: inputs, exact rows, libraries
-GRACE = 90.0  # seconds past the budget after which a process that still runs is ended
+GRACE = 90.0  # seconds past the budget after which a process that still runs is ended; what was kept is on disk
+MAKING = 60.0  # seconds that groups may take; many ranks need a few
 
 Tell = Callable[[str, int], None]
 
@@ -84,8 +85,10 @@ def perform(
     if info.rank > 0 or listener is None:
         listener = _nobody
     tell = _sender(listener) if isinstance(listener, connection.Connection) else listener
-    with _ended_late(program.budget):
+    tell("the ranks are up, making groups", 0)
+    with _ended(MAKING):
         stage = _Stage(info, program, device)
+    with _ended(None if program.budget is None else program.budget + GRACE):
         outcomes: list[Outcome] = []
         skipped: list[tuple[str, str]] = []
         for match in program.matches:
@@ -115,8 +118,8 @@ class _Stage:
         self.began, self.stuck = time.monotonic(), ""
         self.rate, self.measured = ASSUMED[device.type], False
         self.waiting = dist.new_group(timeout=timedelta(days=1), backend="gloo")  # sleep beyond a world, however long
-        lone = [dist.new_group([rank]) for rank in range(info.world)]
-        self.alone = Place(0, lone[info.rank], device)
+        # gloo: a rank alone sends nothing, and an NCCL communicator of its own takes all ranks to make
+        self.alone = Place(0, _members_only([info.rank], timedelta(hours=2)), device)
         self.meshes = make_meshes(_transports(program), device)
         self.arenas: dict[int, Arena | None] = {}
         for world in sorted({match.case.world for match in program.matches}):
@@ -168,9 +171,11 @@ class _Stage:
         own = [match for match in self.program.matches if match.case.world == world]
         wanted = any(entry.method in RING_PEERS for match in own for entry in match.entries)
         rivals = dist.new_group(ranks, timeout=timedelta(seconds=600)) if wanted and world > 1 else None
-        control = dist.new_group(ranks, backend="gloo", timeout=timedelta(hours=2)) if world > 1 else None
         if self.info.rank >= world:
+            for _ in range(1 + (rivals is not None) + (world > 1)):  # for those that the members make: see there
+                _members_only([self.info.rank], timedelta(hours=2))
             return None
+        control = _members_only(ranks, timedelta(hours=2)) if world > 1 else None
         return Arena(
             Place(self.info.rank, group, self.device), self.alone, rivals, control,
             meshes=self.meshes, limit=self.program.limit, seed=self.program.seed,
@@ -195,19 +200,32 @@ def _transports(program: Program) -> list[str]:
     return [entry.transport for match in program.matches for entry in match.entries if entry.method == OURS]
 
 
+def _members_only(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group that its members alone make.
+
+    Where the default group is NCCL's and bound to a device, torch has those beyond a new group split its communicator,
+    even for a group of gloo's, whose members do not: everybody would hang. And members meet under a name that torch
+    makes of how many groups they are in (those of a pool of ringfa3's, too): all ranks stay in equally many.
+    """
+    made = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
 @contextlib.contextmanager
-def _ended_late(budget: float | None) -> Iterator[None]:
-    """Whatever hangs: the process ends soon after the budget. What was kept is on disk by then."""
-    if budget is None:
+def _ended(seconds: float | None) -> Iterator[None]:
+    """A block that takes longer ends the process (status 1), which first tells stderr where all its threads are.
+
+    Even while a library holds the interpreter's lock, as torch does while it splits a communicator. One at a time.
+    """
+    if seconds is None:
         yield
         return
-    timer = threading.Timer(budget + GRACE, os._exit, (3,))
-    timer.daemon = True
-    timer.start()
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
     finally:
-        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _summary(outcome: Outcome) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfa3_launch.bench.attention import announce_plot, in_ranks, integers, subset
-from ringfa3_launch.bench.case import DIRECTIONS, DTYPES, RING_PEERS, Case, parse_mask, parse_size
+from ringfa3_launch.bench.case import DIRECTIONS, DTYPES, RING_PEERS, Case, parse_size
 from ringfa3_launch.console import Console
+from ringfa3_launch.options import checked_head_dim, checked_transport, gpus_for, made_folder
 from ringfa3_launch.rank import RankInfo, launched
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     silent = info is not None and info.rank > 0
     console = Console(rich=not silent)
     if args.out is not None and not silent:
+        made_folder("--out", args.out)
         announce_plot(console)
     heading = title(asked.case)
     played = play(asked.program, asked.case.world, info, console, heading=heading, out=args.out, name=args.name)
@@ -106,23 +108,22 @@ def asked_from(args: argparse.Namespace, info: RankInfo | None) -> Asked:
     Raises:
         ValueError: an option is wrong; names it.
     """
-    import torch
-
     from ringfa3_launch.bench.program import Program
 
-    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    gpus = gpus_for(args.device)
     most = info.world if info is not None else gpus or max(2, args.world or 2)
-    world = args.world or most
+    world = most if args.world is None else args.world
     if most < 2:
         raise ValueError(f"bench ring: wanted 2 ranks or more, got {most} (one GPU alone: `ringfa3 bench attention`)")
     if not 2 <= world <= most:
-        raise ValueError(f"--world: wanted 2..{most} ranks on this machine, got {world}")
+        wanted = f"2..{most} ranks on this machine" if gpus or info is not None else "2 ranks or more"
+        raise ValueError(f"--world: wanted {wanted}, got {world}")
     heads = integers("--heads", args.heads or ("32:8" if gpus else "4:2"), ":")
     if len(heads) != 2 or min(heads) < 1 or heads[0] % heads[1]:
         raise ValueError(f"--heads: wanted Q:KV with Q a multiple of KV, such as 32:8, got {args.heads!r}")
     subset("--directions", tuple(args.directions.split(",")), DIRECTIONS)
     dtype = args.dtype or ("bf16" if gpus else "fp32")
-    case = Case("fwd", "causal", args.head_dim, *heads, parse_size("1K"), world, dtype)
+    case = Case("fwd", "causal", checked_head_dim(args.head_dim), *heads, parse_size("1K"), world, dtype)
     matches = tuple(_matches(args, case, gpus > 0))
     return Asked(case, Program(matches, "cuda" if gpus else "cpu", args.seed, args.limit, args.budget))
 
@@ -138,26 +139,27 @@ def _matches(args: argparse.Namespace, case: Case, gpu: bool) -> list[Match]:
     subset("--peers", peers, RING_PEERS)
     transports = args.transports.split(",") if args.transports else [*TRANSPORTS, *meshes(case.world)]
     for name in transports:
-        parse_mesh(name)
+        mesh = parse_mesh(name)
+        checked_transport("--transports", name if mesh is None else mesh[2], more=", mesh:UxR or mesh:UxR:TRANSPORT")
     seqlens = args.seqlens or ("16K,32K,64K,128K" if gpu else "1K,2K")
     found = []
     for direction in args.directions.split(","):
-        for size in sorted({parse_size(size) for size in seqlens.split(",")}):
+        for size in sorted({parse_size(size, "--seqlens") for size in seqlens.split(",")}):
             here = replace(case, direction=direction, seqlen=size)
             found.append(duel(here, transports, peers, args.seconds, impl=args.impl, fewest=3))
     rings = [name for name in transports if name not in ("gather", "ulysses") and "mesh" not in name] or transports[:1]
     packed = args.packed or ("64K" if gpu else "2K")
     if packed != "none":
-        here = replace(case, mask="packed", seqlen=parse_size(packed))
+        here = replace(case, mask="packed", seqlen=parse_size(packed, "--packed"))
         found.append(beside_causal(here, rings, ("balanced", "zigzag"), args.seconds, impl=args.impl))
     window, at, length = (args.window or ("4K@256K" if gpu else "256@2K")).partition("@")
     if window != "none":
         if not at:
             raise ValueError(f"--window: wanted WINDOW@TOKENS such as 4K@256K, or none, got {args.window!r}")
-        here = replace(case, mask=parse_mask(f"window={window}"), seqlen=parse_size(length))
+        here = replace(case, mask=f"window={parse_size(window, '--window')}", seqlen=parse_size(length, "--window"))
         found.append(beside_causal(here, rings, ("zigzag", "contiguous"), args.seconds, impl=args.impl))
     if args.long:
-        here = replace(case, direction="fwd+bwd", seqlen=parse_size(args.long))
+        here = replace(case, direction="fwd+bwd", seqlen=parse_size(args.long, "--long"))
         found.append(single(here, rings[:1], impl=args.impl))
     return found
 

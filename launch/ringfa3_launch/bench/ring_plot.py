@@ -16,9 +16,11 @@ from ringfa3_launch.bench.match import Outcome
 from ringfa3_launch.bench.ring_matches import KERNELS, ONE_GPU, ONE_LAUNCH
 from ringfa3_launch.bench.verdicts import best, over_kernels
 
-OUR_COLOURS = ("#08519c", "#3182bd", "#41ab5d", "#6baed6", "#00441b", "#9ecae1")
+OUR_COLOURS = ("#08306b", "#31a354", "#1fb5d6", "#54278f", "#8c510a", "#a1d99b")
+OUR_MARKS = ("o", "^", "D", "v", "P", "X")
 PEER_COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#a6761d", "#e6ab02", "#666666", "#fb8072", "#bc80bd")
-PARTS = {KERNELS: ":", ONE_LAUNCH: "-.", ONE_GPU: "--"}
+MANY = 6  # names that a legend inside of a panel has room for
+PARTS = {KERNELS: (":", "."), ONE_LAUNCH: ("-.", "x"), ONE_GPU: ("--", "+")}
 
 Figure = Callable[[Outcome, str], float | None]
 
@@ -54,9 +56,9 @@ def _speed(panel: Any, outcomes: list[Outcome], direction: str) -> None:
     ours = list(dict.fromkeys(name for o in outcomes for name in o.ours))
     peers = list(dict.fromkeys(name for o in outcomes for name in o.peers))
     for i, name in enumerate(ours):
-        _line(panel, outcomes, name, _rate, marker="o", color=OUR_COLOURS[i % len(OUR_COLOURS)], linewidth=2.2)
-    for part, style in PARTS.items():
-        _line(panel, outcomes, part, _rate, linestyle=style, color="black", linewidth=1.2)
+        _line(panel, outcomes, name, _rate, **_own_style(i))
+    for part, (style, mark) in PARTS.items():
+        _line(panel, outcomes, part, _rate, marker=mark, linestyle=style, color="black", linewidth=1.2)
     for i, name in enumerate(peers):
         colour = PEER_COLOURS[i % len(PEER_COLOURS)]
         _line(panel, outcomes, name, _rate, marker="s", linestyle="--", color=colour, linewidth=1.2, markersize=4)
@@ -68,9 +70,11 @@ def _overhead(panel: Any, outcomes: list[Outcome], direction: str) -> None:
     panel.set_title(f"{direction}: time of the ring over its kernels alone")
     ours = list(dict.fromkeys(name for o in outcomes for name in o.ours))
     for i, name in enumerate(ours):
-        _line(panel, outcomes, name, over_kernels, marker="o", color=OUR_COLOURS[i % len(OUR_COLOURS)], linewidth=2.2)
-    panel.axhline(1.0, color="black", linewidth=0.8)
-    panel.axhline(1.03 if direction == "fwd" else 1.05, color="grey", linewidth=0.8, linestyle=":")
+        _line(panel, outcomes, name, over_kernels, **_own_style(i))
+    limit = 1.03 if direction == "fwd" else 1.05
+    if panel.lines:
+        panel.axhline(1.0, color="black", linewidth=0.8)
+        panel.axhline(limit, color="grey", linewidth=1.2, linestyle=":", label=f"asked of 2 GPUs: at most {limit}")
     _lengths(panel, outcomes)
 
 
@@ -95,6 +99,12 @@ def _scaling(panel: Any, outcomes: list[Outcome], direction: str) -> None:
     _legend(panel)
 
 
+def _own_style(i: int) -> dict[str, Any]:
+    """Of our i-th line."""
+    n = i % len(OUR_COLOURS)
+    return {"marker": OUR_MARKS[n], "color": OUR_COLOURS[n], "linewidth": 2.2, "markersize": 5}
+
+
 def _line(panel: Any, outcomes: list[Outcome], name: str, figure: Figure, **style: Any) -> None:
     points = [(o.match.case.seqlen, y) for o in outcomes if (y := figure(o, name)) is not None]
     if points:
@@ -114,7 +124,10 @@ def _lengths(panel: Any, outcomes: list[Outcome]) -> None:
 
 def _legend(panel: Any) -> None:
     panel.grid(alpha=0.3)
-    if panel.get_legend_handles_labels()[0]:
+    names = panel.get_legend_handles_labels()[1]
+    if len(names) > MANY:  # beside the lines: no corner is free of them
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+    elif names:
         panel.legend(fontsize=8, framealpha=0.8)
     else:
         panel.text(0.5, 0.5, "not measured", ha="center", va="center", transform=panel.transAxes, color="grey")

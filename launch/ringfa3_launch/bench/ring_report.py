@@ -105,14 +105,14 @@ def table(outcome: Outcome) -> list[list[str]]:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Columns, rows and their styles: judged figures first."""
-    ordered = sorted(verdicts, key=lambda verdict: verdict.asked == "")
+    """Columns, rows and their styles: what is asked. Figures of which nothing is asked are in NAME.json."""
+    asked = [verdict for verdict in verdicts if verdict.asked]
     words = {True: "reached", False: "NOT REACHED", None: ""}
     lines = [
         [v.case, v.what, v.who, v.asked, "not measured" if v.reached is None else f"{v.reached:.3f}", words[v.ok]]
-        for v in ordered
+        for v in asked
     ]
-    styles = ["broken" if v.ok is False else "ok" if v.ok else "dim" for v in ordered]
+    styles = ["broken" if v.ok is False else "ok" if v.ok else "dim" for v in asked]
     return ["case", "figure", "of", "asked", "got", "verdict"], lines, styles
 
 
