@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,19 +40,20 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int, ms: f
     """Time callables on the GPU by turns.
 
     A power-limited card gives whoever runs after a pause a higher clock, and drifts over seconds: timed one after
-    another, equal kernels differ by up to 10%; by turns, each meets the same clocks. The order is drawn anew in every
-    round: whoever always came after a kernel that draws little power would run on what that left over.
+    another, equal kernels differ by up to 10%; by turns, each meets the same clocks. Whoever comes after a kernel that
+    draws little power runs on what that left over: in `orders` each comes after each other one equally often.
 
     Args:
         calls: name -> callable that launches work on the current stream.
-        rounds: turns that count (one more, the first, does not).
+        rounds: turns that count (one more, the first, does not); rounded up to whole cycles of `orders`.
         ms: length of one turn, at least two calls.
     """
     repeats = {name: max(2, round(ms / max(_once(call), 1e-3))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    draw = random.Random(0)
+    cycle = orders(list(calls))
+    rounds = -(-rounds // len(cycle)) * len(cycle)
     for turn in range(rounds + 1):
-        for name in draw.sample(list(calls), len(calls)):
+        for name in cycle[turn % len(cycle)]:
             call = calls[name]
             call()  # refills caches and keeps the clock up while the events are recorded
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -65,6 +65,14 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int, ms: f
             if turn:
                 samples[name].append(begin.elapsed_time(end) / repeats[name])
     return {name: Time(median(x), _middle_half(x)) for name, x in samples.items()}
+
+
+def orders(names: Sequence[str]) -> list[list[str]]:
+    """Orders in which each name follows each other one equally often (Williams, 1949): n, or 2 n where n is odd."""
+    n = len(names)
+    first = [(i + 1) // 2 if i % 2 else -(i // 2) % n for i in range(n)]
+    rows = [[names[(i + shift) % n] for i in first] for shift in range(n)]
+    return rows + [row[::-1] for row in rows] if n % 2 else rows
 
 
 def _once(call: Callable[[], object]) -> float:
