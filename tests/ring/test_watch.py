@@ -64,7 +64,8 @@ def two_calls(call: Callable[[], torch.Tensor]) -> None:
 
 def in_the_middle(rank: int, size: int, what: str, direction: str, options: dict[str, Any], shared: bool) -> Any:
     """(rank blamed, message, seconds until it was raised), and the next call says the same."""
-    agreement = Agreement(dist.group.WORLD, timeout=1.0, shared_memory=shared)
+    dist.barrier()  # new ranks start as the machine lets them
+    agreement = Agreement(dist.group.WORLD, timeout=1.0 if what == "stalls" else 20.0, shared_memory=shared)
     qkv = shards(size)
 
     def call() -> torch.Tensor:
