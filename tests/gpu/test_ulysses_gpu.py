@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ringfa3
-from ringfa3 import Mask, Plan
-from ringfa3_kernels import Visible, attend, attend_backward, row_delta
+from ringfa3 import Mask
+from tests.gpu.test_ring_gpu import agrees
 
 pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, ulysses")]  # one world, so one process
 
@@ -58,19 +58,6 @@ def mesh_of(shape: tuple[int, int] | None) -> DeviceMesh | None:
     return None if shape is None else init_device_mesh("cuda", shape, mesh_dim_names=("ulysses", "ring"))
 
 
-def on_one_gpu(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """out, lse, dq, dk, dv by the reference, in this dtype."""
-    q, k, v, dout = (x.to(dtype) for x in case.inputs(device)[:4])
-    dlse = case.inputs(device)[4]
-    visible: Visible = Plan.build(case.mask, "contiguous", case.seqlen, 1, 0, device).hops[0].visible
-    wide = torch.promote_types(dtype, torch.float32)
-    state = attend(q, k, v, visible, out_dtype=dtype, impl="reference")
-    delta = row_delta(dout, state.out, dlse.to(wide))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=device) for x in (q, k, v))
-    attend_backward(dout, q, k, v, state.lse, delta, visible, dq=dq, dk=dk, dv=dv, impl="reference")
-    return [state.out, state.lse, dq.to(dtype), dk.to(dtype), dv.to(dtype)]
-
-
 def ulysses_case(rank: int, size: int, case: Case) -> None:
     device = torch.device("cuda", rank)
     mesh = mesh_of(case.shape)
@@ -82,16 +69,7 @@ def ulysses_case(rank: int, size: int, case: Case) -> None:
     out, lse = got.wait() if options.get("async_op") else got
     torch.autograd.backward([out, lse], [p.shard(dout), p.shard(dlse, 2)])
     found = [out.detach(), lse.detach(), *(x.grad for x in mine)]
-    truth, plain = (on_one_gpu(case, device, dtype) for dtype in (torch.float64, case.dtype))
-    for name, exact, theirs, ours in zip(("out", "lse", "dq", "dk", "dv"), truth, plain, found, strict=True):
-        exact, theirs = (p.shard(x, 2 if name == "lse" else 1).double() for x in (exact, theirs))
-        assert ours.shape == exact.shape
-        if not ours.numel():  # this rank's slice is empty
-            continue
-        error, allowed = ((x - exact).abs().max().item() for x in (ours.double(), theirs))
-        assert error <= 2 * allowed + 1e-5 * max(1.0, exact.abs().max().item()), (
-            f"{name}: {error:.2e}, plain {allowed:.2e}"
-        )
+    agrees(case, p, found)
 
 
 @pytest.mark.parametrize("mask", MASKS)
