@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringfa3_kernels import Partial, Unsupported, Visible, attend, attend_backward, row_delta
-from tests.kernels.oracle import Answer, assert_close, plain
+from tests.kernels.oracle import Answer, Unlucky, assert_close, plain
 
 Sight = Callable[["Case", torch.Generator], Visible]
 
@@ -222,7 +222,22 @@ UNSUPPORTED = frozenset(
 
 
 def check(clause: str, impl: str, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
-    """That an implementation keeps a clause in a case or, where it may, refuses it by name."""
+    """That an implementation keeps a clause in a case or, where it may, refuses it by name.
+
+    Raises:
+        AssertionError: the clause is broken; errors just above the rule count once three draws in a row show them.
+    """
+    for draws_left in (2, 1, 0):
+        try:
+            return _check_one_draw(clause, impl, case, dtype, device, generator)
+        except Unlucky:
+            if not draws_left:
+                raise
+
+
+def _check_one_draw(
+    clause: str, impl: str, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> None:
     inputs = Inputs.draw(case, dtype, device, generator)
     if refused(impl, case, dtype, device):
         with pytest.raises(Unsupported, match=impl):

@@ -57,13 +57,23 @@ def plain(
     return Answer(out.detach(), lse.detach().masked_fill(~seen, -torch.inf), *grads)
 
 
+class Unlucky(AssertionError):
+    """An error between the rule's bound and twice that: a defect, or one small draw's luck. Fresh draws tell."""
+
+
 def assert_close(name: str, got: Tensor, truth: Tensor, yardstick: Tensor, dtype: torch.dtype) -> None:
     """The error rule: root mean square error at most twice the yardstick's, and no element far out.
 
     The largest error of a small tensor is a matter of luck: in 49,393 comparisons of `reference` and `aten` in fp32,
     fp16 and bf16 the ratio of the root mean squares never passed 1.73, while that of the largest errors passed 2 in 164
-    and was 6.5 at worst; hence 2 and 10. Errors of a few roundings of the fp32 state count as none, both being noise.
-    Inputs in fp64 have no truer oracle: for them it is a few thousand roundings of fp64.
+    and was 6.5 at worst; hence 2 and 10. With softcap a row of two keys can decide both: in 26,000 comparisons of
+    gradients the root mean squares' ratio passed 2 in a few, 2.9 at worst. Errors of a few roundings of the fp32
+    state count as none, both being noise. Inputs in fp64 have no truer oracle: for them it is a few thousand roundings
+    of fp64.
+
+    Raises:
+        Unlucky: above the bound, by less than another factor of 2.
+        AssertionError: above that, of another shape, or not finite.
     """
     assert got.shape == truth.shape, f"{name}: shape {list(got.shape)}, wanted {list(truth.shape)}"
     infinite = truth == -torch.inf
@@ -77,9 +87,9 @@ def assert_close(name: str, got: Tensor, truth: Tensor, yardstick: Tensor, dtype
     noise = roundings * max(1.0, float(truth.abs().max()))
     for size, factor in ((_root_mean_square, 2), (_largest, 10)):
         error, plain_error = size(got - truth), size(yardstick - truth)
-        assert error <= factor * plain_error + noise, (
-            f"{name}: {size.__name__} error {error:.3e}, plain {plain_error:.3e}"
-        )
+        if error > factor * plain_error + noise:
+            defect = Unlucky if error <= 2 * factor * plain_error + noise else AssertionError
+            raise defect(f"{name}: {size.__name__} error {error:.3e}, plain {plain_error:.3e}")
 
 
 def _root_mean_square(x: Tensor) -> float:
