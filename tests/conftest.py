@@ -128,7 +128,8 @@ class World:
         self._ranks = []
 
     def _open(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if self.backend == "nccl" else "forkserver")  # CUDA does not survive a fork
+        context.set_forkserver_preload(["torch.distributed", "ringfa3"])  # once, not seconds of imports in every rank
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(self.size)]
         self._folder = tempfile.TemporaryDirectory(prefix="ringfa3-world-")

@@ -41,10 +41,9 @@ OTHERS: list[Job] = [
 
 
 class Builds:
-    """Compiles all jobs in a few processes of one Triton, started at the first question; answers job by job."""
+    """Compiles its jobs in a few processes of one Triton, started at the first question; answers job by job."""
 
-    def __init__(self, path: Path | None) -> None:
-        jobs = [*TUNED, *INTO, *OTHERS]
+    def __init__(self, path: Path | None, jobs: list[Job]) -> None:
         self._pool = ThreadPoolExecutor(WORKERS)
         self._shares = [jobs[i::WORKERS] for i in range(WORKERS)]
         self._path = path
@@ -64,14 +63,14 @@ class Builds:
         for share, done in zip(self._shares, self._done, strict=True):
             if job in share:
                 return done.result()[share.index(job)]
-        raise KeyError(name(job))
+        pytest.skip("the oldest Triton alone compiles these: what is tuned is compiled under both")
 
 
 @pytest.fixture(scope="module", params=["oldest", pytest.param("newest", marks=pytest.mark.slow)])
 def builds(request: pytest.FixtureRequest) -> Builds:
     if request.param == "newest" and not NEXT.is_dir():
         pytest.fail(f"{NEXT} is missing: make .triton-next")
-    return Builds(NEXT if request.param == "newest" else None)
+    return Builds(NEXT, [*TUNED, *INTO]) if request.param == "newest" else Builds(None, [*TUNED, *INTO, *OTHERS])
 
 
 @pytest.mark.parametrize("job", [*TUNED, *INTO, *OTHERS], ids=name)
