@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ringfa3_kernels.aot import Build, inspect
+from ringfa3_kernels.aot import Build
 from ringfa3_kernels.hopper import backward_launch, configs
 from ringfa3_kernels.hopper.backward import attend_backward
-from ringfa3_kernels.hopper.builds import instructions, source
-from ringfa3_kernels.hopper.launch import MASKS, OPTIONS
-from ringfa3_kernels.types import Visible
+from ringfa3_kernels.hopper.builds import Job, empty, instructions, source
 
 
 @dataclass(frozen=True)
@@ -50,34 +44,12 @@ class BackwardBuild(Build):
     steps: tuple[BackwardStep, ...] = ()
 
 
-def compile(
-    D: int,
-    mask: str,
-    mode: str = "plain",
-    dtype: str = "bfloat16",
-    softcap: bool = False,
-    Sq: int = 8192,
-    Sk: int = 8192,
-    Hq: int = 8,
-    Hkv: int = 8,
-    change: dict[str, Any] | None = None,
-    keep: str | None = None,
-) -> BackwardBuild:
-    """Compile the kernel that such a call would launch.
-
-    Args:
-        mask: kind of Visible.
-        mode: "plain" (dk, dv in the inputs' dtype), "wide" (stored in fp32), "add" (added to fp32) or "keys" (plain,
-            and dq left out).
-        change: fields of the table's tile to try in another way.
-        keep: a file to write the SASS to.
-    """
-    one = _launch(D, mask, mode, getattr(torch, dtype), softcap, Sq, Sk, Hq, Hkv, change)
-    kernel = source(attend_backward, one.args, backward_launch.constants(one.config))
-    build, texts = inspect(kernel, capability=(9, 0), options=OPTIONS)
-    if keep:
-        Path(keep).write_text(texts["sass"])
-    return BackwardBuild(**vars(build), steps=steps(texts["sass"]))
+def compile(**job: Any) -> BackwardBuild:
+    """Compile the kernel that such a call would launch; the options are `builds.Job`'s."""
+    asked = Job(**job)
+    one = _launch(asked)
+    build, sass = asked.inspect(source(attend_backward, one.args, backward_launch.constants(one.config)))
+    return BackwardBuild(**vars(build), steps=steps(sass))
 
 
 def steps(sass: str) -> tuple[BackwardStep, ...]:
@@ -124,31 +96,10 @@ def _step(body: Sequence[str]) -> BackwardStep:
     return BackwardStep(len(body), count(r"\b(STL|LDL)\b"), count("PRMT"), count("HGMMA"), words)
 
 
-def _launch(
-    D: int,
-    mask: str,
-    mode: str,
-    dtype: torch.dtype,
-    softcap: bool,
-    Sq: int,
-    Sk: int,
-    Hq: int,
-    Hkv: int,
-    change: dict[str, Any] | None,
-) -> backward_launch.BackwardLaunch:
-    """The launch, on tensors without memory."""
-
-    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    q, k = empty(1, Sq, Hq, D, of=dtype), empty(1, Sk, Hkv, D, of=dtype)
-    causal = Visible.causal(Sq, Sk, "meta")
-    visible = Visible.full(Sq, Sk, "meta") if mask == "full" else causal
-    if mask == "intervals":
-        visible = Visible(causal.lo, causal.hi)
-    grad = empty(1, Sk, Hkv, D, of=torch.float32 if mode in ("wide", "add") else dtype)
-    row = empty(1, Hq, Sq)
-    tile = configs.BACKWARD_TABLE[configs.padded_head_dim(D), MASKS[visible.kind]]
+def _launch(job: Job) -> backward_launch.BackwardLaunch:
+    q, k = job.queries, job.keys
+    row = empty(1, job.Hq, job.Sq)
+    grad = k.float() if job.mode in ("wide", "add") else k
     return backward_launch.prepare(
         q,
         q,
@@ -156,12 +107,12 @@ def _launch(
         k,
         row,
         row,
-        visible,
-        dq=None if mode == "keys" else empty(1, Sq, Hq, D),
+        job.visible,
+        dq=None if job.mode == "keys" else q.float(),
         dk=grad,
         dv=grad,
-        accumulate=mode == "add",
-        scale=D**-0.5,
-        softcap=30.0 if softcap else 0.0,
-        tile=replace(tile, **change) if change else None,
+        accumulate=job.mode == "add",
+        scale=job.D**-0.5,
+        softcap=30.0 if job.softcap else 0.0,
+        tile=job.tile(configs.BACKWARD_TABLE),
     )

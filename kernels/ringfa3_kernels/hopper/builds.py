@@ -7,7 +7,7 @@ no spills, no C75xx (serialised wgmma), and in every step the softmax between th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,34 +52,74 @@ class HopperBuild(Build):
     steps: tuple[Step, ...] = ()
 
 
-def compile(
-    D: int,
-    mask: str,
-    mode: str = "plain",
-    dtype: str = "bfloat16",
-    softcap: bool = False,
-    Sq: int = 8192,
-    Sk: int = 8192,
-    Hq: int = 8,
-    Hkv: int = 8,
-    change: dict[str, Any] | None = None,
-    keep: str | None = None,
-) -> HopperBuild:
-    """Compile the kernel that such a call would launch.
+@dataclass(frozen=True)
+class Job:
+    """A call whose kernel is compiled, on tensors without memory, B = 1.
 
     Args:
         mask: kind of Visible.
-        mode: "plain" (out in the inputs' dtype), "wide" (fp32), "into" (continues a fp32 state), "last" (continues one,
-            writes the inputs' dtype).
+        mode: of the forward "plain" (out in the inputs' dtype), "wide" (fp32), "into" (continues a fp32 state), "last"
+            (continues one, writes the inputs' dtype). Of the backward "plain" (dk, dv in the inputs' dtype), "wide"
+            (stored in fp32), "add" (added to fp32), "keys" (plain, and dq left out).
+        dtype: of q, k and v, torch's name.
         change: fields of the table's tile to try in another way.
         keep: a file to write the SASS to.
     """
-    one = _launch(D, mask, mode, getattr(torch, dtype), softcap, Sq, Sk, Hq, Hkv, change)
-    kernel = source(attend_forward, one.args, launch.constants(one.config))
-    build, texts = inspect(kernel, capability=(9, 0), options=launch.OPTIONS)
-    if keep:
-        Path(keep).write_text(texts["sass"])
-    return HopperBuild(**vars(build), steps=steps(texts["sass"]))
+
+    D: int
+    mask: str
+    mode: str = "plain"
+    dtype: str = "bfloat16"
+    softcap: bool = False
+    Sq: int = 8192
+    Sk: int = 8192
+    Hq: int = 8
+    Hkv: int = 8
+    change: dict[str, Any] | None = None
+    keep: str | None = None
+
+    @property
+    def visible(self) -> Visible:
+        """Causal but where the mask is full; told as intervals where it is that."""
+        if self.mask == "full":
+            return Visible.full(self.Sq, self.Sk, "meta")
+        causal = Visible.causal(self.Sq, self.Sk, "meta")
+        return Visible(causal.lo, causal.hi) if self.mask == "intervals" else causal
+
+    @property
+    def queries(self) -> Tensor:
+        """[1, Sq, Hq, D]; the outputs look like it."""
+        return empty(1, self.Sq, self.Hq, self.D, of=getattr(torch, self.dtype))
+
+    @property
+    def keys(self) -> Tensor:
+        """[1, Sk, Hkv, D]; the values look like them."""
+        return empty(1, self.Sk, self.Hkv, self.D, of=getattr(torch, self.dtype))
+
+    def tile(self, table: Mapping[tuple[int, int], Any]) -> Any:
+        """The table's row for this call, changed as asked; None: as it is."""
+        row = table[configs.padded_head_dim(self.D), launch.MASKS[self.visible.kind]]
+        return replace(row, **self.change) if self.change else None
+
+    def inspect(self, kernel: GluonASTSource) -> tuple[Build, str]:
+        """The build and its SASS, which is kept where that was asked for."""
+        build, texts = inspect(kernel, capability=(9, 0), options=launch.OPTIONS)
+        if self.keep:
+            Path(self.keep).write_text(texts["sass"])
+        return build, texts["sass"]
+
+
+def compile(**job: Any) -> HopperBuild:
+    """Compile the kernel that such a call would launch; the options are Job's."""
+    asked = Job(**job)
+    one = _launch(asked)
+    build, sass = asked.inspect(source(attend_forward, one.args, launch.constants(one.config)))
+    return HopperBuild(**vars(build), steps=steps(sass))
+
+
+def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=of, device="meta")
 
 
 def source(kernel: Any, args: Sequence[Any], constants: Any) -> GluonASTSource:
@@ -147,38 +187,21 @@ def instructions(sass: str) -> tuple[list[tuple[int, str]], dict[str | int, int]
     return code, labels
 
 
-def _launch(
-    D: int,
-    mask: str,
-    mode: str,
-    dtype: torch.dtype,
-    softcap: bool,
-    Sq: int,
-    Sk: int,
-    Hq: int,
-    Hkv: int,
-    change: dict[str, Any] | None,
-) -> launch.Launch:
-    """The launch, on tensors without memory."""
-
-    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    q, k = empty(1, Sq, Hq, D, of=dtype), empty(1, Sk, Hkv, D, of=dtype)
-    causal = Visible.causal(Sq, Sk, "meta")
-    visible = Visible.full(Sq, Sk, "meta") if mask == "full" else causal
-    if mask == "intervals":
-        visible = Visible(causal.lo, causal.hi)
-    into = Partial(empty(1, Sq, Hq, D), empty(1, Hq, Sq)) if mode in ("into", "last") else None
-    wide = mode in ("wide", "into")
-    result = (
-        into if into and wide else Partial(empty(1, Sq, Hq, D, of=torch.float32 if wide else dtype), empty(1, Hq, Sq))
-    )
-    counter = empty(2, of=torch.int32)
-    cap = 30.0 if softcap else 0.0
-    tile = None
-    if change:
-        tile = replace(configs.TABLE[configs.padded_head_dim(D), launch.MASKS[visible.kind]], **change)
+def _launch(job: Job) -> launch.Launch:
+    q, k = job.queries, job.keys
+    row = empty(1, job.Hq, job.Sq)
+    into = Partial(q.float(), row) if job.mode in ("into", "last") else None
+    wide = job.mode in ("wide", "into")
     return launch.prepare(
-        q, k, k, visible, result, into, scale=D**-0.5, softcap=cap, counter=counter, sms=132, tile=tile
+        q,
+        k,
+        k,
+        job.visible,
+        into if into and wide else Partial(q.float() if wide else q, row),
+        into,
+        scale=job.D**-0.5,
+        softcap=30.0 if job.softcap else 0.0,
+        counter=empty(2, of=torch.int32),
+        sms=132,
+        tile=job.tile(configs.TABLE),
     )
