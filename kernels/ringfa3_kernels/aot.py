@@ -40,6 +40,7 @@ class Build:
         shared: bytes of shared memory a block.
         serialised: ptxas' codes for wgmma that it serialises; empty is good.
         hgmma, hmma, ffma, tma: SASS instructions of Hopper's and of Ampere's matrix unit, of the fp32 pipe, TMA loads.
+        copies: SASS instructions that copy 16 bytes a thread to shared memory, without waiting for them.
         seconds: compile time.
         triton: version that compiled it.
     """
@@ -54,6 +55,7 @@ class Build:
     tma: int
     seconds: float
     triton: str = triton.__version__
+    copies: int = 0
 
 
 def build(
@@ -108,6 +110,7 @@ def inspect(source: Any, *, capability: tuple[int, int], options: Mapping[str, A
         ffma=len(re.findall(r"\bFFMA", sass)),
         tma=len(re.findall(r"\bUTMALDG", sass)),
         seconds=round(time.perf_counter() - begin, 2),
+        copies=len(re.findall(r"\bLDGSTS\S*\.128", sass)),
     )
     return found, {"ptx": compiled.asm["ptx"], "sass": sass}
 

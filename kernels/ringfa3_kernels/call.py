@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Call:
-    """The facts of one attend or attend_backward; hashable, so that dispatch remembers its answer.
+    """The facts of one attend, attend_backward or decode; hashable, so that dispatch remembers its answer.
 
     Args:
-        direction: "forward" or "backward".
+        direction: "forward", "backward" or "decode".
         device: type of the tensors' device: "cuda", "cpu".
         capability: CUDA compute capability, (0, 0) elsewhere.
         dtype: of q, k and v.
-        B, Sq, Sk, Hq, Hkv, D: sizes.
+        B, Sq, Sk, Hq, Hkv, D: sizes; for decode Sk is what the block table has room for.
         batched_visible: lo and hi differ between batch rows ([B, Sq]).
         softcap: a softcap is applied.
         into: the call continues a Partial.
@@ -24,6 +24,7 @@ class Call:
         accumulate: backward adds to its gradients instead of storing them.
         deterministic: backward must be bitwise reproducible.
         aligned: head_dim is contiguous, and every pointer and other stride is a multiple of 16 bytes (what TMA asks).
+        page: keys of a page of the cache that decode reads, 0 for other calls.
     """
 
     direction: str
@@ -43,3 +44,4 @@ class Call:
     accumulate: bool
     deterministic: bool
     aligned: bool
+    page: int = 0

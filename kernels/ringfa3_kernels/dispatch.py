@@ -37,7 +37,11 @@ def has_triton() -> bool:
 def why_not(name: str, call: Call) -> str | None:
     """What the implementation lacks for this call, or None if it serves it."""
     module = load(name)
-    reason: str | None = module if isinstance(module, str) else module.unsupported(call)
+    if isinstance(module, str):
+        return module
+    if call.direction == "decode" and not hasattr(module, "decode"):
+        return "it has no decode"
+    reason: str | None = module.unsupported(call)
     return reason
 
 

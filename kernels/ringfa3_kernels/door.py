@@ -58,8 +58,8 @@ def attend(
                 )
     B, Sq, Hq, D = q.shape
     Sk = k.shape[1]
-    visible = _checked(visible, q, Sk)
-    scale, softcap = _scalars(scale, softcap, D)
+    visible = check_visible(visible, q, Sk)
+    scale, softcap = check_scalars(scale, softcap, D)
     wide = state_dtype(q.dtype)
     out_dtype = wide if out_dtype is None else out_dtype
     if out_dtype not in (wide, q.dtype):
@@ -72,7 +72,7 @@ def attend(
     chosen = dispatch.choose(_call("forward", q, k, v, visible, softcap, out_dtype, into=into is not None), impl)
     if Sk == 0 or q.numel() == 0:
         return Partial.empty(q, out_dtype) if into is None else Partial(into.out.to(out_dtype), into.lse)
-    with _own_precision(q):
+    with own_precision(q):
         result: Partial = chosen.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
     return result
 
@@ -111,8 +111,8 @@ def attend_backward(
     """
     check_qkv(q, k, v)
     B, Sq, Hq, D = q.shape
-    visible = _checked(visible, q, k.shape[1])
-    scale, softcap = _scalars(scale, softcap, D)
+    visible = check_visible(visible, q, k.shape[1])
+    scale, softcap = check_scalars(scale, softcap, D)
     wide = state_dtype(q.dtype)
     _like("dout", dout, q.shape, q.dtype, q.device)
     _like("lse", lse, (B, Hq, Sq), wide, q.device)
@@ -140,7 +140,7 @@ def attend_backward(
             for grad in (dq, dk, dv):
                 grad.zero_()
         return
-    with _own_precision(q):
+    with own_precision(q):
         chosen.attend_backward(
             dout,
             q,
@@ -174,12 +174,12 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
         from ringfa3_kernels.portable import delta as kernel  # here, so that the door needs no Triton
 
         return kernel.row_delta(dout, out, dlse)
-    with _own_precision(out):
+    with own_precision(out):
         delta: Tensor = torch.linalg.vecdot(dout.to(wide), out.to(wide)).transpose(1, 2).contiguous()
     return delta if dlse is None else delta - dlse
 
 
-def _own_precision(x: Tensor) -> AbstractContextManager[object]:
+def own_precision(x: Tensor) -> AbstractContextManager[object]:
     """Autocast must not reach the maths inside: precision is decided by the inputs' dtype and the fp32 state."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -219,7 +219,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: wanted a head_dim that is a multiple of 8 from 8 to 256, got {q.shape[3]}")
 
 
-def _checked(visible: Visible | None, q: Tensor, Sk: int) -> Visible:
+def check_visible(visible: Visible | None, q: Tensor, Sk: int) -> Visible:
     B, Sq = q.shape[:2]
     if visible is None:
         return Visible.full(Sq, Sk, q.device)
@@ -234,7 +234,7 @@ def _checked(visible: Visible | None, q: Tensor, Sk: int) -> Visible:
     return visible
 
 
-def _scalars(scale: float | None, softcap: float, D: int) -> tuple[float, float]:
+def check_scalars(scale: float | None, softcap: float, D: int) -> tuple[float, float]:
     for name, x in (("scale", scale), ("softcap", softcap)):
         if not isinstance(x, int | float) and not (x is None and name == "scale"):
             raise ValueError(f"{name}: wanted a number, got {x!r}")
@@ -286,10 +286,10 @@ def _call(
         out_dtype=out_dtype,
         accumulate=accumulate,
         deterministic=deterministic,
-        aligned=all(_aligned(x) for x in (q, k, v, *others)),
+        aligned=all(is_aligned(x) for x in (q, k, v, *others)),
     )
 
 
-def _aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
     size = x.element_size()
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:3])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringfa3_kernels import paged
 from ringfa3_kernels.call import Call
 from ringfa3_kernels.types import Partial, Visible, merge
 
@@ -46,6 +47,29 @@ def attend(
         return Partial(merged.out.to(out_dtype), into.lse)
     into.out.copy_(merged.out)
     return into
+
+
+def decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float,
+    splits: int | None,
+) -> Partial:
+    """`attend` of one sequence after the other, over the keys that its pages hold; see `ringfa3_kernels.decode`."""
+    result = Partial.empty(q)
+    for b, (start, stop) in enumerate(paged.hulls(visible, q.shape[0])):
+        if stop == start:
+            continue
+        k, v = (paged.read(x, block_table[b], start, stop)[None] for x in (k_pages, v_pages))
+        sight = Visible(*paged.within(visible, b, start, stop))
+        one = attend(q[b : b + 1], k, v, sight, scale=scale, softcap=softcap, into=None, out_dtype=result.out.dtype)
+        result.out[b], result.lse[b] = one.out[0], one.lse[0]
+    return result
 
 
 def attend_backward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -15,7 +14,7 @@ from ringfa3_kernels.hopper import backward_schedule, configs, schedule
 from ringfa3_kernels.hopper.backward import attend_backward as kernel
 from ringfa3_kernels.hopper.configs import FULL, INTERVALS, BackwardConfig
 from ringfa3_kernels.hopper.gluon import Constants
-from ringfa3_kernels.hopper.launch import LOG2E, MASKS, OPTIONS, _layout, _softcap
+from ringfa3_kernels.hopper.launch import LOG2E, MASKS, OPTIONS, _descriptor, _softcap
 from ringfa3_kernels.portable.launch import run_backward
 from ringfa3_kernels.types import Kind, Visible
 
@@ -147,13 +146,13 @@ def prepare(
             tiles_stride, bounds_stride = tiles.stride(0), bounds.stride(0)
     queries = dq if dq is not None else lse.new_empty(1, 1, 1, D)
     args = (
-        _desc(q, (C.BM, C.D)),
-        _desc(dout, (C.BM, C.D)),
-        _desc(k, (C.BN, C.D)),
-        _desc(v, (C.BN, C.D)),
-        _desc(queries, (C.QR, C.QD)),
-        _desc(dk, (C.WN, C.WD)),
-        _desc(dv, (C.WN, C.WD)),
+        _desc(q, C.BM, C.D),
+        _desc(dout, C.BM, C.D),
+        _desc(k, C.BN, C.D),
+        _desc(v, C.BN, C.D),
+        _desc(queries, C.QR, C.QD),
+        _desc(dk, C.WN, C.WD),
+        _desc(dv, C.WN, C.WD),
         lse,
         delta,
         bounds,
@@ -208,7 +207,6 @@ def constants(config: BackwardConfig) -> Constants:
     return Constants(config)
 
 
-def _desc(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
+def _desc(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Blocks of rows and columns of one head of x [B, S, H, D]."""
-    shape = (1, block[0], 1, block[1])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape), _layout(shape, x.dtype))
+    return _descriptor(x, tuple(x.shape), x.stride(), (1, rows, 1, columns))

@@ -1,4 +1,4 @@
-"""Attention in plain Triton, forward and backward: CUDA of capability 8.0 or newer, and Triton's interpreter."""
+"""Attention in plain Triton, decode too: CUDA of capability 8.0 or newer, and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ringfa3_kernels.call import Call
+from ringfa3_kernels.portable.decode_launch import run_decode
 from ringfa3_kernels.portable.launch import interpreted, run_backward, run_forward
 from ringfa3_kernels.types import Partial, Visible
 
@@ -16,6 +17,8 @@ def unsupported(call: Call) -> str | None:
     """What these kernels lack for the call, or None if they serve it."""
     if call.dtype == torch.float64:
         return "computes in fp32, got float64 inputs"
+    if call.direction == "decode" and (call.page < 16 or call.page & (call.page - 1)):
+        return f"needs pages of a power of two of at least 16 keys, got {call.page}"
     if interpreted():
         return "tl.dot is wrong for bfloat16 in Triton's interpreter" if call.dtype == torch.bfloat16 else None
     if call.device != "cuda" or call.capability < (8, 0):
@@ -73,4 +76,19 @@ def attend_backward(
     )
 
 
-__all__ = ["NAME", "attend", "attend_backward", "unsupported"]
+def decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float,
+    splits: int | None,
+) -> Partial:
+    """A few rows a sequence over a paged cache; see `ringfa3_kernels.decode`. Always deterministic."""
+    return run_decode(q, k_pages, v_pages, block_table, visible, scale=scale, softcap=softcap, splits=splits)
+
+
+__all__ = ["NAME", "attend", "attend_backward", "decode", "unsupported"]

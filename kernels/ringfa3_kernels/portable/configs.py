@@ -6,7 +6,7 @@ other rows are not timed; tests/kernels/test_aot.py says how they compile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -139,3 +139,69 @@ FLOAT32: dict[tuple[str, int], TileConfig] = {
     ("queries", 128): _ieee(32, 16, 8),
     ("queries", 256): _ieee(16, 16, 8),
 }
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How decode is cut up and compiled.
+
+    Args:
+        block_m: rows of a tile at most: query rows times heads of a group; smaller where there are fewer.
+        block_n: keys of a tile.
+        num_warps, num_stages: as Triton means them.
+        programs: that a multiprocessor is to have, all resident at once (shared memory admits them).
+        maxnreg: register cap per thread, or None.
+        precision: tl.dot's input_precision; matters for fp32 inputs only.
+        spills: bytes of register spill stores that ptxas may report, as in TileConfig.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    maxnreg: int | None = None
+    precision: str = "tf32"
+    spills: int = 0
+
+
+def pick_decode(head_dim: int, dtype: torch.dtype, capability: tuple[int, int], rows: int) -> DecodeConfig:
+    """The config of decode for a head_dim, dtype and compute capability; `rows` are query rows times heads of a group.
+
+    Above 16 rows a tile needs more registers: two programs then share a multiprocessor, without a cap.
+    """
+    if dtype == torch.float32:
+        return DECODE_FLOAT32[padded(head_dim)]
+    config = DECODE[padded(head_dim), "sm90" if family(capability) == "sm90" else "sm86"]
+    return config if rows <= 16 else replace(config, programs=2, maxnreg=None)
+
+
+# (padded head_dim, family) -> config for bf16 and fp16; sm86's stand for sm80 too. None is timed yet: they are sized
+# for H200, where 4.3 TB/s x 1 us of latency asks for 33 KB of loads in flight on each multiprocessor. Three programs
+# with two tiles of K and V of 16 KB each (72 KB of shared memory) have 96 to 192 KB, and hide each other's beginnings
+# and ends. 168 registers let three programs of 4 warps in; what spills does so outside the loop over keys.
+# kernels/bench/bench_decode.py times the alternatives.
+DECODE: dict[tuple[int, str], DecodeConfig] = {
+    (16, "sm90"): DecodeConfig(64, 64, 4, 4, 3, maxnreg=168),
+    (32, "sm90"): DecodeConfig(64, 128, 4, 4, 4, maxnreg=128),
+    (64, "sm90"): DecodeConfig(64, 128, 4, 3, 3, maxnreg=168, spills=4),
+    (128, "sm90"): DecodeConfig(64, 64, 4, 3, 3, maxnreg=168, spills=16),
+    (256, "sm90"): DecodeConfig(32, 32, 4, 3, 3, maxnreg=168, spills=32),
+    (16, "sm86"): DecodeConfig(64, 64, 4, 3, 4, maxnreg=128),
+    (32, "sm86"): DecodeConfig(64, 64, 4, 3, 4, maxnreg=128),
+    (64, "sm86"): DecodeConfig(64, 64, 4, 3, 2),
+    (128, "sm86"): DecodeConfig(32, 64, 4, 2, 2),
+    (256, "sm86"): DecodeConfig(32, 32, 4, 2, 2, spills=16),
+}
+
+# padded head_dim -> config for fp32, any device
+DECODE_FLOAT32: dict[int, DecodeConfig] = {
+    16: DecodeConfig(16, 64, 4, 3, 4, precision="ieee"),
+    32: DecodeConfig(16, 64, 4, 3, 4, precision="ieee"),
+    64: DecodeConfig(16, 32, 4, 3, 4, precision="ieee"),
+    128: DecodeConfig(16, 16, 4, 3, 2, precision="ieee", spills=8),
+    256: DecodeConfig(16, 16, 4, 2, 2, precision="ieee"),
+}
+
+# On the CPU: tiles small enough that small tests have many, and larger than the smallest pages
+DECODE_INTERPRETED = DecodeConfig(32, 32, 4, 1, 2, precision="ieee")

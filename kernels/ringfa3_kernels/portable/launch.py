@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringfa3_kernels.portable.backward import key_gradient_kernel, query_gradient_kernel
-from ringfa3_kernels.portable.configs import CACHE_BYTES, INTERPRETED, TileConfig, padded, pick
+from ringfa3_kernels.portable.configs import CACHE_BYTES, INTERPRETED, DecodeConfig, TileConfig, padded, pick
 from ringfa3_kernels.portable.forward import forward_kernel
 from ringfa3_kernels.types import Partial, Visible
 
@@ -52,8 +52,8 @@ def run_forward(
         lse = lse_in
     row_tiles = triton.cdiv(Sq, config.block_m)
     tma = config.tma and _describable(k, v)
-    unit = _unit(q, k, v)
-    with _on(q):
+    unit = unit_of(q, k, v)
+    with on_device(q):
         forward_kernel[(row_tiles * B * Hq,)](
             q,
             _moving(k, config.block_n, tma),
@@ -65,8 +65,8 @@ def run_forward(
             lse,
             out_in,
             lse_in,
-            *_log2_domain(scale, softcap),
-            *_strides(unit, q, k, v),
+            *log2_domain(scale, softcap),
+            *strides(unit, q, k, v),
             B,
             Sq,
             Sk,
@@ -116,11 +116,11 @@ def run_backward(
     B, Sq, Hq, D = q.shape
     Sk, Hkv = k.shape[1:3]
     group = Hq // Hkv
-    unit = _unit(q, k, v, dout)
-    strides = _strides(unit, q, dout, k, v)
-    scales = *_log2_domain(scale, softcap), scale
+    unit = unit_of(q, k, v, dout)
+    steps = strides(unit, q, dout, k, v)
+    scales = *log2_domain(scale, softcap), scale
     batched = int(visible.lo.ndim == 2)
-    with _on(q):
+    with on_device(q):
         if dk is not None and dv is not None:
             config = keys or _tiles("keys", q)
             tma = config.tma and _describable(q, dout)
@@ -129,7 +129,7 @@ def run_backward(
             heads_in_cache = max(1, CACHE_BYTES // (2 * Sq * D * group * q.element_size()))
             key_gradient_kernel[(tiles * B * Hkv,)](
                 *moving, k, v, *bounds, visible.query_tiles(config.block_m, config.block_n, Sk), lse, delta, dk, dv,
-                *scales, *strides, B, Sq, Sk, Hkv, group, tiles, heads_in_cache, batched,
+                *scales, *steps, B, Sq, Sk, Hkv, group, tiles, heads_in_cache, batched,
                 ACCUMULATE=accumulate, **constants(config, D, tma, unit, softcap), **options(config),
             )  # fmt: skip
         if dq is not None:
@@ -140,12 +140,12 @@ def run_backward(
             heads_in_cache = max(1, CACHE_BYTES // (2 * Sk * D * k.element_size())) * group
             query_gradient_kernel[(tiles * B * Hq,)](
                 q, dout, *moving, *bounds, visible.key_tiles(config.block_m, config.block_n), lse, delta, dq,
-                *scales, *strides, B, Sq, Sk, Hq, group, tiles, heads_in_cache, batched,
+                *scales, *steps, B, Sq, Sk, Hq, group, tiles, heads_in_cache, batched,
                 ACCUMULATE=accumulate, **constants(config, D, tma, unit, softcap), **options(config),
             )  # fmt: skip
 
 
-def _log2_domain(scale: float, softcap: float) -> tuple[float, float]:
+def log2_domain(scale: float, softcap: float) -> tuple[float, float]:
     """to_log2 and cap, as the kernels' headers define them."""
     return (scale / softcap, softcap * LOG2E) if softcap else (scale * LOG2E, 0.0)
 
@@ -164,7 +164,7 @@ def constants(config: TileConfig, D: int, tma: bool, unit: int, softcap: float) 
     }
 
 
-def options(config: TileConfig) -> dict[str, Any]:
+def options(config: TileConfig | DecodeConfig) -> dict[str, Any]:
     """Compile options of a config. Triton 3.10 turns fp fusion off unless it is asked for."""
     cap = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **cap}
@@ -177,7 +177,7 @@ def _tiles(kernel: str, x: Tensor) -> TileConfig:
     return pick(kernel, x.shape[3], x.dtype, torch.cuda.get_device_capability(x.device))
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
@@ -187,21 +187,21 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(1) < 1 << 23 else x.contiguous()
 
 
-def _unit(*tensors: Tensor) -> int:
+def unit_of(*tensors: Tensor) -> int:
     """Elements of 16 bytes if every stride and pointer is a multiple of that: kernels then load 16 bytes at a time."""
     unit = 16 // tensors[0].element_size()
     whole = all(x.data_ptr() % 16 == 0 and not any(s % unit for s in x.stride()[:3]) for x in tensors)
     return unit if whole else 1
 
 
-def _strides(unit: int, *tensors: Tensor) -> list[int]:
+def strides(unit: int, *tensors: Tensor) -> list[int]:
     """Strides over batch, row and head of each tensor, in units."""
     return [s // unit for x in tensors for s in x.stride()[:3]]
 
 
 def _describable(*tensors: Tensor) -> bool:
     """Whether TMA can read them: 16-byte pointers and strides, none of them 0 (an expanded tensor)."""
-    return _unit(*tensors) > 1 and all(s > 0 for x in tensors for s in x.stride())
+    return unit_of(*tensors) > 1 and all(s > 0 for x in tensors for s in x.stride())
 
 
 def _moving(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
