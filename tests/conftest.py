@@ -31,6 +31,8 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("ringfa3", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ringfa3")
 
+# What a rank would import for seconds: imported once, and then forked
+PRELOADED = ["torch.distributed", "ringfa3.inference.runner", "transformers.models.llama.modeling_llama"]
 GRACE = 10.0  # seconds that the other ranks get to report, once one has failed
 
 
@@ -129,7 +131,7 @@ class World:
 
     def _open(self) -> None:
         context = mp.get_context("spawn" if self.backend == "nccl" else "forkserver")  # CUDA does not survive a fork
-        context.set_forkserver_preload(["torch.distributed", "ringfa3"])  # once, not seconds of imports in every rank
+        context.set_forkserver_preload(PRELOADED)
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(self.size)]
         self._folder = tempfile.TemporaryDirectory(prefix="ringfa3-world-")
