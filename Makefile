@@ -8,7 +8,7 @@ TRITON_NEXT ?= 3.9.0
 # Nothing is installed where another Python is named: make test-gpu PY=python3
 ENV := $(if $(filter .venv/%,$(PY)),.venv/installed)
 
-.PHONY: help install demo check test test-gpu bench clean
+.PHONY: help install demo serve check test test-gpu bench clean
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -29,6 +29,9 @@ install: .venv/installed ## make .venv with everything in it
 
 demo: .venv/installed ## the main job: a real long text, sharded over ranks, attended exactly
 	$(PY) -m ringfa3_launch demo
+
+serve: .venv/installed ## completions and attention over HTTP on 127.0.0.1:8000 (docs/service.md)
+	$(PY) -m ringfa3_launch serve
 
 check: .venv/installed ## lint, types, import contracts
 	$(PY) -m ruff check .

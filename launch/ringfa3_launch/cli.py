@@ -1,4 +1,4 @@
-"""The command `ringfa3`: doctor, demo, plan, trace, bench."""
+"""The command `ringfa3`: doctor, demo, generate, plan, trace, serve, bench."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ EXAMPLES = """\
 examples:
   ringfa3 doctor                      what is installed here, what would run, and does it work?
   ringfa3 demo                        a language model reads a long text that is sharded over the ranks
+  ringfa3 generate --prompt-file F    a language model answers, its cache sharded over the ranks
   ringfa3 plan --seqlen 1M --world 8  which transport, layout and mesh, and how long will it take?
   ringfa3 trace --ranks 2             what did every rank do when? One trace for ui.perfetto.dev
+  ringfa3 serve                       completions in OpenAI's form and attention over HTTP, on 127.0.0.1:8000
   ringfa3 bench attention --help      how fast is it here, beside torch's own attention?
   ringfa3 bench ring --help           and what does the ring add to its kernels, beside other ring libraries?
+  ringfa3 bench inference --help      and how soon, and how fast, does a language model answer?
   launch/torchrun.sh train.py         your own script, one rank a GPU (docs/launch.md)
 
 `ringfa3 COMMAND --help` explains a command and its options.
@@ -36,13 +39,22 @@ Benchmarks. Each prints a table; with --out DIR it also writes it there as JSON,
 COMMANDS = {
     ("doctor",): ("ringfa3_launch.doctor", "examine this machine and the installation; non-zero exit when broken"),
     ("demo",): ("ringfa3_launch.demo", "a real model answers from a long text sharded over the ranks"),
+    ("generate",): ("ringfa3_launch.generate", "answer one prompt with a model whose cache is sharded over the ranks"),
     ("plan",): ("ringfa3_launch.planning", "predict time, waiting and memory; recommend transport, layout and mesh"),
     ("trace",): ("ringfa3_launch.trace", "run ring attention and write one Perfetto trace of all ranks"),
+    ("serve",): (
+        "ringfa3_launch.serve",
+        "completions and attention over HTTP, from a gang of ranks that survives faults",
+    ),
     ("bench", "attention"): (
         "ringfa3_launch.bench.attention",
         "sweep lengths and worlds beside torch's own attention",
     ),
     ("bench", "ring"): ("ringfa3_launch.bench.ring", "what the ring adds to its kernels, beside other ring libraries"),
+    ("bench", "inference"): (
+        "ringfa3_launch.bench.inference",
+        "time to first token and per token, beside transformers",
+    ),
 }
 
 
@@ -79,7 +91,7 @@ def build(argv: Sequence[str]) -> argparse.ArgumentParser:
     bench = _parser(
         commands.add_parser,
         "bench",
-        help="benchmarks: `ringfa3 bench attention`, `bench ring`",
+        help="benchmarks: `ringfa3 bench attention`, `bench ring`, `bench inference`",
         description=BENCH,
     )
     bench.set_defaults(parser=bench)

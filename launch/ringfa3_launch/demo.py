@@ -1,7 +1,7 @@
 """The demo: a real language model answers a question that is hidden in a long text, the text sharded over ranks.
 
-The model (SmolLM2-135M-Instruct) reads about Python, and one foreign sentence. Every rank holds a part of the text, and
-every layer's attention goes through ring_attention; the model answers, and its answer and next-token logits are
+The model (SmolLM2-135M-Instruct) reads about Python, and one foreign sentence. Every rank reads a part of each chunk of
+the text, and keeps its keys and values; the model answers from all of them, and its answer and next-token logits are
 compared with those of the same model in one process. There is also a ring_attention over a longer sequence, some of
 whose rows are compared with exact ones. Exit status 0 only if all of that agrees and the answer holds the hidden fact;
 where one process's answer does not hold it either, that is the model's fault: it is told, but no failure.
@@ -135,6 +135,7 @@ def perform(checkpoint: Checkpoint, setting: Setting, text: list[str], console: 
             meter = Meter(console, advance)
             meter.tell("unpack", 0, f"unpacking {checkpoint.name}")
             folder, tokenizer = checkpoint.unpack(Path(scratch))
+            check_served(checkpoint, folder)
             prompt = haystack.prompt(tokenizer, setting.tokens, text)
             dtype = "bfloat16" if setting.place == "cuda" else "float32"
             reading = Reading(folder, prompt.ids, dtype, ANSWER_TOKENS, stop_ids(folder, tokenizer, len(prompt.ids)))
@@ -145,6 +146,19 @@ def perform(checkpoint: Checkpoint, setting: Setting, text: list[str], console: 
     finally:
         torch.set_num_threads(threads)
     return outcome_of(checkpoint, setting, prompt, tokenizer, alone, reports, errors)
+
+
+def check_served(checkpoint: Checkpoint, folder: Path) -> None:
+    """Raise ValueError, saying why, for a model that the ranks cannot run."""
+    from transformers import AutoConfig
+
+    from ringfa3.inference.model import served
+    from ringfa3_kernels import Unsupported
+
+    try:
+        served(AutoConfig.from_pretrained(folder))
+    except Unsupported as error:
+        raise ValueError(f"--model: wanted one that can be served, got {checkpoint.name} ({error})") from None
 
 
 def stop_ids(folder: Path, tokenizer: Any, tokens: int) -> frozenset[int]:
@@ -302,7 +316,7 @@ def show(outcome: dict[str, Any], console: Console) -> None:
     logits, long, ranks = outcome["logits"], outcome["long"], outcome["ranks"]
     console.heading(f"{outcome['model']} read {outcome['tokens']} tokens on {len(ranks)} ranks")
     console.say(
-        f"hidden at token {outcome['fact_at']}; every layer's attention by ring_attention, zigzag, {outcome['dtype']}"
+        f"hidden at token {outcome['fact_at']}; keys and values sharded over the ranks' caches, {outcome['dtype']}"
     )
     console.say(f"question  {outcome['question']}")
     console.say(f"answer    {outcome['answer']}", "ok" if outcome["fact_found"] else "broken")

@@ -10,8 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ringfa3_launch.generate_ranks import pages_for
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str, float, str], None]  # phase, share of it that is done, what is under way
 
+CHUNK = 2048  # tokens of the prompt that are read at once
+PAGE = 64  # tokens in a page of the cache
 BLOCK = 1024  # positions that are drawn together, so that a rank draws its own alone
 
 
@@ -189,35 +194,32 @@ def attend(long: Long, device: torch.device, tell: Tell) -> Attended:
 
 
 def read(info: RankInfo, reading: Reading, device: torch.device, tell: Tell) -> Read:
-    """The prompt, each rank its shard of it; then the answer, token by token."""
-    import torch
+    """The prompt, chunk by chunk, of which each rank computes and keeps its share; then the answer, token by token."""
     import torch.distributed as dist
 
-    from ringfa3 import Mask, plan
-    from ringfa3.integrations.transformers import sequence_parallel
+    from ringfa3.inference import Runner
 
     forget_peak(device)
     tell("read", 0, "loading the model")
-    model = load(reading.folder, reading.dtype, device)
-    ids = torch.tensor([reading.ids], device=device)
-    shares = plan(Mask(), "zigzag", len(reading.ids), device=device)
-    hooks = watch(model, lambda share: tell("read", share, f"{info.world} ranks read the text"))
-    with sequence_parallel(model, shares):
-        dist.barrier()
-        start = time.perf_counter()
-        out = model(input_ids=shares.shard(ids), use_cache=True, logits_to_keep=1)
-        logits = torch.zeros(out.logits.shape[-1], device=device)
-        if len(reading.ids) - 1 in shares.positions[-1:]:  # who holds the last position tells the others
-            logits = out.logits[0, -1].float()
-        dist.all_reduce(logits)
-        seconds = time.perf_counter() - start
-        used = peak(device)
-        for hook in hooks:
-            hook.remove()
-        start = time.perf_counter()
-        answer, _ = generate(model, reading, out, logits, lambda share: tell("answer", share, "the model answers"))
-    kept = logits.cpu() if info.rank == 0 else None
-    rows = shares.lengths[info.rank]
+    n = len(reading.ids)
+    pages = pages_for(n, reading.answer_tokens, info.world, CHUNK, PAGE)
+    runner = Runner(load(reading.folder, reading.dtype, device), pages=pages, page_size=PAGE)
+    runner.create(0)
+    dist.barrier()
+    start = time.perf_counter()
+    for begin in range(0, n, CHUNK):
+        tell("read", begin / n, f"{info.world} ranks read the text")
+        logits = runner.prefill(0, reading.ids[begin : begin + CHUNK])
+    first = logits.cpu()  # waits for the device
+    seconds = time.perf_counter() - start
+    tell("read", 1, f"{info.world} ranks read the text")
+    used, rows = peak(device), runner.pages.local_length(info.rank, 0)
+    start = time.perf_counter()
+    answer, _ = generate(
+        reading, logits, lambda token: runner.decode([0], [[token]])[0, 0],
+        lambda share: tell("answer", share, "the model answers"),
+    )  # fmt: skip
+    kept = first if info.rank == 0 else None
     return Read(rows, seconds, time.perf_counter() - start, used, answer, kept)
 
 
@@ -239,18 +241,27 @@ def read_alone(reading: Reading, place: str, tell: Tell) -> Alone:
             for hook in hooks:
                 hook.remove()
             if dtype == reading.dtype:
-                answer, steps = generate(model, reading, out, out.logits[0, -1], lambda share: None)
+                step = partial(_step, model, out.past_key_values, device)
+                answer, steps = generate(reading, out.logits[0, -1], step, lambda share: None)
     return Alone(seconds, answer, logits, steps)
 
 
+def _step(model: Any, cache: Any, device: torch.device, token: int) -> Tensor:
+    """The logits after one more token; the model's key-value cache grows."""
+    import torch
+
+    logits: Tensor = model(input_ids=torch.tensor([[token]], device=device), past_key_values=cache).logits[0, -1]
+    return logits
+
+
 def generate(
-    model: Any, reading: Reading, out: Any, logits: Tensor, tell: Callable[[float], None]
+    reading: Reading, logits: Tensor, step: Callable[[int], Tensor], tell: Callable[[float], None]
 ) -> tuple[tuple[int, ...], Tensor]:
     """The likeliest tokens after the prompt, up to and with one that ends an answer.
 
     Args:
-        out: what the model returned for the prompt; its key-value cache grows.
         logits: [V] for the first token.
+        step: appends a token; gives the logits [V] for the next.
         tell: is told which share of the tokens is there.
 
     Returns:
@@ -266,8 +277,8 @@ def generate(
         tell(len(answer) / reading.answer_tokens)
         if answer[-1] in reading.stop:
             break
-        step = torch.tensor([answer[-1:]], device=logits.device)
-        logits = model(input_ids=step, past_key_values=out.past_key_values).logits[0, -1]
+        if len(answer) < reading.answer_tokens:
+            logits = step(answer[-1])
     return tuple(answer), torch.stack(steps)
 
 

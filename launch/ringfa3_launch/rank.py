@@ -90,13 +90,15 @@ def launched(env: Mapping[str, str] | None = None) -> bool:
 
 
 @contextmanager
-def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0) -> Iterator[torch.device]:
+def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0, store: Any = None) -> Iterator[torch.device]:
     """Join the other ranks in the default process group; leave it when the block ends.
 
     Args:
         info: this rank.
         device: "cuda" (NCCL, GPU number local_rank), "cpu" (gloo), or "auto": GPUs where the machine has some.
         timeout: seconds after which a collective that some rank did not join fails.
+        store: a torch.distributed store where the ranks meet, in place of info's address (rank 0 may have bound its
+            port before the others were told of it).
 
     Yields:
         This rank's device.
@@ -114,7 +116,8 @@ def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0) -> Ite
         torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        init_method=info.rendezvous,
+        init_method=info.rendezvous if store is None else None,
+        store=None if store is None else dist.distributed_c10d.PrefixStore("default_pg", store),  # as an address's is
         rank=info.rank,
         world_size=info.world,
         timeout=timedelta(seconds=timeout),

@@ -56,6 +56,33 @@ def test_ties_and_impossible_tokens():
         assert choose(logits[None], [Sampling(temperature=5.0)], [random.Random(seed)])[0] != 4
 
 
+class Fixed(random.Random):
+    """Always the same chance."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def random(self) -> float:
+        return self.chance
+
+
+@pytest.mark.parametrize("chance", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=3, top_p=0.999)])
+def test_the_ends_of_chance_fall_on_tokens_that_can_come(chance, sampling):
+    """Also where the first or the last tokens cannot, and sums are rounded."""
+    for logits in ([float("-inf"), 0.0, 0.0, float("-inf")], [0.0, float("-inf")], [float("-inf"), 0.1]):
+        row = torch.tensor([logits])
+        (token,) = choose(row, [sampling], [Fixed(chance)])
+        assert row[0, token].isfinite()
+        finite = row[0].isfinite().nonzero().flatten().tolist()
+        assert token == (finite[0] if chance == 0 else finite[-1])
+
+
+def test_top_p_1_keeps_the_unlikeliest():
+    assert ours(torch.tensor([0.0, -60.0]), Sampling(temperature=1.0, top_k=2))[1] > 0
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

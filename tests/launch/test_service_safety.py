@@ -1,0 +1,344 @@
+"""Who is let in, how much is taken on, and that work ends with its request: over real HTTP, with the toy gang."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from ringfa3_launch import serve
+from ringfa3_launch.service import Access, Limits
+from ringfa3_launch.service.guard import LOOPBACK
+from tests.launch.toy_gang import ToyGang, answer, serving
+
+TOKEN = "a-token-of-this-server"
+ASK = {"model": "toy", "prompt": "Once upon", "max_tokens": 5}
+LONG = {"model": "toy", "prompt": "Once upon", "max_tokens": 4000, "ignore_eos": True}
+
+
+@pytest.fixture
+def gang() -> Iterator[ToyGang]:
+    toy = ToyGang(step=0.01)
+    yield toy
+    toy.close()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    toy = ToyGang()
+    with serving(toy, limits=Limits(upload_s=0.5)) as (url, _):
+        yield url
+    toy.close()
+
+
+def rests(gang: ToyGang, seconds: float = 3.0) -> bool:
+    """Whether the gang has nothing left to do, soon."""
+    until = time.monotonic() + seconds
+    while gang.running and time.monotonic() < until:
+        time.sleep(0.01)
+    return gang.running == 0
+
+
+def raw(url: str, text: str) -> bytes:
+    """The answer to these bytes; the connection is then left."""
+    host, port = url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+        connection.sendall(text.replace("\n", "\r\n").encode())
+        return connection.recv(65536)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:80", "10.0.0.1"]
+)
+def test_names_of_others_are_refused(url: str, host: str) -> None:
+    """A page of another site that points its name to 127.0.0.1 sends that name."""
+    for path in ("/v1/models", "/", "/live"):
+        reply = httpx.get(url + path, headers={"Host": host})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (421, "wrong_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1:80", "[::1]", "[::1]:8000"])
+def test_names_of_this_machine(url: str, host: str) -> None:
+    assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_pages_of_other_sites_are_refused(url: str) -> None:
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        reply = httpx.post(f"{url}/v1/completions", json=ASK, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "origin")
+    assert httpx.post(f"{url}/v1/completions", json=ASK, headers={"Origin": url}).status_code == 200
+    asked = httpx.options(f"{url}/v1/completions", headers={"Origin": url, "Access-Control-Request-Method": "POST"})
+    assert asked.status_code == 405
+    page = httpx.get(f"{url}/")
+    for reply in (asked, page):
+        assert not any(name.startswith("access-control") for name in reply.headers)
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    assert page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_token(gang: ToyGang) -> None:
+    with serving(gang, access=Access(TOKEN, None)) as (url, _):
+        for given in (None, "Bearer", "Bearer x", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN):
+            for method, path in (("GET", "/v1/info"), ("POST", "/v1/completions"), ("GET", "/metrics"), ("GET", "/x")):
+                headers = {"Authorization": given} if given else {}
+                reply = httpx.request(method, url + path, headers=headers, json=ASK if method == "POST" else None)
+                assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+                assert reply.json()["error"]["type"] == "authentication_error"
+        odd = b"GET /v1/info HTTP/1.1\nHost: x\nAuthorization: Bearer \xff\xfe\n\n".replace(b"\n", b"\r\n")
+        host, port = url.removeprefix("http://").split(":")
+        with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+            connection.sendall(odd)
+            assert b" 401 " in connection.recv(65536)
+        for path in ("/live", "/ready", "/", "/page/page.js", "/page/page.css"):
+            assert httpx.get(url + path).status_code == 200
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client:
+            assert client.completions.create(**ASK).choices[0].text == answer("Once upon", 5)
+        document = httpx.get(f"{url}/openapi.json", headers={"Authorization": f"bearer {TOKEN}"}).json()
+        assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+        stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+        with stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Content-Type: application/json\nContent-Length: 1000000000000", 413),
+        ("Content-Type: application/octet-stream\nContent-Length: 268435457", 413),
+        ("Content-Type: application/json\nContent-Length: 4194305\nExpect: 100-continue", 413),
+        ("Content-Type: application/json\nTransfer-Encoding: chunked", 411),
+        ("Content-Type: application/json", 411),
+        ("Content-Type: text/plain\nContent-Length: 2", 415),
+        ("Content-Type: application/x-www-form-urlencoded\nContent-Length: 2", 415),
+        ("Content-Type: multipart/form-data; boundary=x\nContent-Length: 2", 415),
+        ("Content-Type: application/x-pickle\nContent-Length: 2", 415),
+        ("Content-Length: 2", 415),
+        ("Content-Type: application/json\nContent-Encoding: gzip\nContent-Length: 2", 415),
+        ("Content-Type: application/json\nContent-Length: -1", 400),
+        ("Content-Type: application/json\nContent-Length: 1e3", 400),
+        ("Content-Type: application/json\nContent-Length: " + "9" * 400, 400),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/attention", "/nowhere"])
+def test_declared_lengths_and_types_are_enough(url: str, path: str, headers: str, status: int) -> None:
+    """The answer comes before a byte of the body is sent."""
+    reply = raw(url, f"POST {path} HTTP/1.1\nHost: localhost\n{headers}\n\n")
+    assert reply.startswith(f"HTTP/1.1 {status} ".encode()), reply
+
+
+def test_a_json_call_takes_no_tensors_and_the_other_way(url: str) -> None:
+    assert httpx.post(f"{url}/v1/attention", json={}).status_code == 415
+    binary = httpx.post(f"{url}/v1/completions", content=b"{}", headers={"Content-Type": "application/octet-stream"})
+    assert binary.status_code == 400
+    assert httpx.request("GET", f"{url}/v1/models", content=b"{}").status_code == 400
+    assert httpx.request("DELETE", f"{url}/v1/sessions/x", content=b"{}").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/attention"])
+def test_a_body_that_does_not_come(url: str, path: str) -> None:
+    kind = "application/json" if path == "/v1/completions" else "application/octet-stream"
+    began = time.monotonic()
+    reply = raw(url, f'POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}\nContent-Length: 100\n\n{{"mod')
+    assert reply.startswith(b"HTTP/1.1 408 "), reply
+    assert time.monotonic() - began < 3
+
+
+def test_a_head_without_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bytes, and of seconds."""
+    for begun in ("GET /live HTTP/1.1\nHost: localhost\nX: ", "GET /live?"):
+        assert raw(url, begun + "a" * (80 * 1024)).startswith(b"HTTP/1.1 431 ")
+    many = "".join(f"X-{number}: {number}\n" for number in range(20_000))
+    assert raw(url, f"GET /live HTTP/1.1\nHost: localhost\n{many}").startswith(b"HTTP/1.1 431 ")
+    monkeypatch.setattr("ringfa3_launch.service.protocol.HEAD_S", 0.2)
+    for begun in ("", "GET /live HTTP/1.1\nHost: localhost\n"):
+        assert raw(url, begun).startswith(b"HTTP/1.1 408 ")
+    with httpx.Client() as http:  # a connection that is used again is not one that says nothing
+        for _ in range(3):
+            assert http.get(f"{url}/live").status_code == 200
+            time.sleep(0.3)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_takes_its_work_along(gang: ToyGang, stream: bool) -> None:
+    with serving(gang) as (url, server):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(LONG | {"stream": stream})
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            until = time.monotonic() + 5
+            while not gang.steps and time.monotonic() < until:
+                time.sleep(0.005)
+            assert gang.running == 1
+        left = time.monotonic()
+        assert rests(gang)
+        assert time.monotonic() - left < 1
+        assert max(gang.steps.values()) < 400
+        until = time.monotonic() + 3
+        while server._app.state.service.completions.inside and time.monotonic() < until:
+            time.sleep(0.01)
+        assert server._app.state.service.completions.inside == 0
+        assert 'ringfa3_completions_total{finish="abandoned"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_deadlines(gang: ToyGang) -> None:
+    hurry = {"X-Deadline-S": "0.3"}
+    with serving(gang) as (url, _):
+        began = time.monotonic()
+        reply = httpx.post(f"{url}/v1/completions", json=LONG, headers=hurry)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert 0.25 < time.monotonic() - began < 2
+        text = httpx.post(f"{url}/v1/completions", json=LONG | {"stream": True}, headers=hurry).text
+        assert json.loads(text.strip().rpartition("data: ")[2])["error"]["code"] == "deadline_exceeded"
+        assert rests(gang)
+        for given in ("0", "-1", "nan", "soon"):
+            assert httpx.post(f"{url}/v1/completions", json=ASK, headers={"X-Deadline-S": given}).status_code == 400
+    with serving(gang, limits=Limits(deadline_s=0.3)) as (url, _):
+        reply = httpx.post(f"{url}/v1/completions", json=LONG, headers={"X-Deadline-S": "100"})
+        assert reply.status_code == 504
+
+
+def test_too_many_at_once_are_told_to_come_back(gang: ToyGang) -> None:
+    with serving(gang, limits=Limits(completions=2)) as (url, _):
+        with ExitStack() as clients:
+            for _ in range(2):
+                clients.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}))
+            reply = httpx.post(f"{url}/v1/completions", json=ASK)
+            assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+            assert reply.json()["error"]["type"] == "rate_limit_error"
+        assert rests(gang)
+        assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 200
+    with serving(gang, limits=Limits(json_bytes_together=300)) as (url, _):
+        long = LONG | {"stream": True, "user": "x" * 100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=long):
+            assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 200
+            reply = httpx.post(f"{url}/v1/completions", json=long)
+            assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+            assert "bytes of JSON" in reply.json()["error"]["message"]
+        assert rests(gang)
+    gang.capacity = 0  # of the engine's queue
+    with serving(gang) as (url, _):
+        for stream in (False, True):
+            reply = httpx.post(f"{url}/v1/completions", json=ASK | {"stream": stream})
+            assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+
+
+def test_a_rank_that_fails(gang: ToyGang) -> None:
+    with serving(gang) as (url, _):
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            assert '"text"' in next(lines)
+            gang.fail(1)
+            error = json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]
+        assert error["code"] == "rank_failed"
+        assert "rank 1 on here: died" in error["message"]
+        for stream in (False, True):  # before there was news the status says it
+            reply = httpx.post(f"{url}/v1/completions", json=ASK | {"stream": stream})
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+            assert "rank 1 on here: died" in reply.json()["error"]["message"]
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/live").status_code == 200
+        assert 'ringfa3_rank_up{host="here",rank="1"} 0.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_no_prompt_in_the_log(gang: ToyGang, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "xyzzy-plugh"
+    with caplog.at_level(logging.DEBUG), serving(gang) as (url, _):
+        httpx.post(f"{url}/v1/completions", json=ASK | {"prompt": secret}, headers={"X-Request-Id": "mine-7"})
+        httpx.post(f"{url}/v1/completions", json=ASK | {"prompt": [secret]})
+        httpx.post(f"{url}/v1/completions", json=ASK | {"prompt": {"text": secret}})
+        httpx.post(
+            f"{url}/v1/chat/completions", json={"model": "toy", "messages": [{"role": "user", "content": secret}]}
+        )
+        httpx.get(f"{url}/v1/sessions/{secret}")
+    ours = [
+        record.getMessage() for record in caplog.records if record.name.startswith(("ringfa3", "uvicorn", "asyncio"))
+    ]
+    assert any("mine-7 POST /v1/completions 200" in line and "tokens=5" in line for line in ours)
+    assert len(ours) >= 5
+    assert not any(secret in line for line in ours)
+
+
+def test_draining(gang: ToyGang) -> None:
+    """What is under way ends, nothing new is begun, and what takes too long is told so."""
+    with serving(gang, limits=Limits(drain_s=1.0)) as (url, server):
+        replies: dict[str, Any] = {}
+
+        def ask(name: str, body: dict[str, Any]) -> None:
+            replies[name] = httpx.post(f"{url}/v1/completions", json=body, timeout=20)
+
+        bodies = {"short": LONG | {"max_tokens": 40}, "long": LONG, "stream": LONG | {"stream": True}}
+        clients = [threading.Thread(target=ask, args=item) for item in bodies.items()]
+        for client in clients:
+            client.start()
+        while gang.running < 3:
+            time.sleep(0.005)
+        server.handle_exit(15)
+        time.sleep(0.15)
+        late = httpx.post(f"{url}/v1/completions", json=ASK)
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/live").status_code == 200
+        for client in clients:
+            client.join(10)
+        assert replies["short"].json()["usage"]["completion_tokens"] == 40
+        assert (replies["long"].status_code, replies["long"].json()["error"]["code"]) == (503, "shutting_down")
+        assert '"code":"shutting_down"' in replies["stream"].text.replace(" ", "")
+    assert rests(gang)
+
+
+def test_conversations_are_so_many(gang: ToyGang) -> None:
+    with serving(gang, limits=Limits(conversations=2)) as (url, _):
+        for name in ("a", "b", "a", "c"):
+            assert httpx.post(f"{url}/v1/completions", json=ASK | {"session": name}).status_code == 200
+    assert gang.forgotten == ["b"]
+
+
+def options(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_another_address_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(serve.TOKEN, raising=False)
+    assert serve.access_from(options()) == Access(None, LOOPBACK)
+    assert serve.access_from(options("--host", "::1", "--allow-host", "Box")) == Access(None, LOOPBACK | {"box"})
+    for host in ("0.0.0.0", "::", "10.1.2.3"):
+        with pytest.raises(ValueError, match=r"--host: wanted a loopback address, or a token"):
+            serve.access_from(options("--host", host))
+    with pytest.raises(ValueError, match="--host: wanted an IP address"):
+        serve.access_from(options("--host", "box"))
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    assert serve.access_from(options("--host", "0.0.0.0", "--token-file", str(file))) == Access(TOKEN, None)
+    monkeypatch.setenv(serve.TOKEN, TOKEN)
+    assert serve.access_from(options("--host", "0.0.0.0")) == Access(TOKEN, None)
+    with pytest.raises(ValueError, match="--host"):  # taken out of the environment, for ranks to know nothing of it
+        serve.access_from(options("--host", "0.0.0.0"))
+    for short in ("", "short", "é" * 20, "two words of a token"):
+        file.write_text(short)
+        with pytest.raises(ValueError, match="--token-file: wanted 16 or more"):
+            serve.access_from(options("--token-file", str(file)))
+    for argv in (["--token", TOKEN], [f"--token={TOKEN}"], ["--token"]):
+        with pytest.raises(ValueError, match="others can read command lines") as refused:
+            serve.access_from(options(*argv))
+        assert TOKEN not in str(refused.value)
+
+
+def test_limits_are_checked() -> None:
+    for name in ("--deadline", "--max-json-mib", "--max-completions"):
+        with pytest.raises(ValueError, match="wanted more than 0"):
+            serve.limits_from(options(name, "0"), cpu=True)
+    assert serve.limits_from(options("--deadline", "5"), cpu=True).deadline_s == 5
