@@ -9,6 +9,7 @@ import inspect
 import os
 import pickle
 import queue
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,11 @@ import torch.multiprocessing as mp
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
+
+# A suite in the background (nohup, &) has these ignored, and so would the programs that it interrupts
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("ringfa3", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ringfa3")

@@ -56,12 +56,12 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     server = Server()
     yield server
     server.listener.close()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert set(threading.enumerate()) <= threads
+    assert len(os.listdir("/proc/self/fd")) <= files  # other tests' ends may come late, too
 
 
 @pytest.fixture
