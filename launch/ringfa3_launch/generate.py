@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="PATH", help="a folder of transformers' format, or GGUF (SmolLM2-135M)")
     what.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     what.add_argument("--prompt-file", metavar="FILE", help="a text file in UTF-8 that holds it; - is stdin")
-    what.add_argument("--chat", action="store_true", help="the prompt is a user's message, by the model's template")
+    what.add_argument("--chat", action="store_true", help="the prompt, less newlines at its end, is a user's message")
     what.add_argument("--system", metavar="TEXT", help="what the model is told before it, with --chat")
     how = parser.add_argument_group("sampling")
     how.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of the answer (256)")

@@ -71,7 +71,7 @@ class Asked:
             raise ValueError(f"--chat: wanted a model with a chat template, got {self.name}, which has none")
         else:
             system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            turns = [*system, {"role": "user", "content": self.text}]
+            turns = [*system, {"role": "user", "content": self.text.rstrip("\n")}]  # a file's last newline is not said
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:

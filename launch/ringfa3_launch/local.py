@@ -22,6 +22,8 @@ from ringfa3_launch.rank import SAFE_ENVIRONMENT, RankInfo, init, pick_device
 
 T = TypeVar("T")
 
+LEAVING = 2.0  # seconds that ranks get to end by themselves after their results: killed, they would leave semaphores
+
 
 def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeout: float | None = None) -> list[T]:
     """What fn(info, *args) returned on ranks 0..n-1, each its own process of this machine.
@@ -54,7 +56,10 @@ def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeou
         try:
             for info in infos:
                 ranks.append(_start(info, fn, args, place))
-            return _gather(ranks, deadline, timeout)
+            results = _gather(ranks, deadline, timeout)
+            for rank in ranks:
+                rank.process.join(LEAVING)
+            return results
         finally:
             for rank in ranks:
                 rank.end()
