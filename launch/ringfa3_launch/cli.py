@@ -27,6 +27,7 @@ examples:
   ringfa3 bench attention --help      how fast is it here, beside torch's own attention?
   ringfa3 bench ring --help           and what does the ring add to its kernels, beside other ring libraries?
   ringfa3 bench inference --help      and how soon, and how fast, does a language model answer?
+  ringfa3 bench service --help        and how many clients at once does the service answer?
   launch/torchrun.sh train.py         your own script, one rank a GPU (docs/launch.md)
 
 `ringfa3 COMMAND --help` explains a command and its options.
@@ -54,6 +55,10 @@ COMMANDS = {
     ("bench", "inference"): (
         "ringfa3_launch.bench.inference",
         "time to first token and per token, beside transformers",
+    ),
+    ("bench", "service"): (
+        "ringfa3_launch.bench.service",
+        "the HTTP service under load, and what it adds to the engine",
     ),
 }
 
@@ -91,7 +96,7 @@ def build(argv: Sequence[str]) -> argparse.ArgumentParser:
     bench = _parser(
         commands.add_parser,
         "bench",
-        help="benchmarks: `ringfa3 bench attention`, `bench ring`, `bench inference`",
+        help="benchmarks: `ringfa3 bench attention`, `bench ring`, `bench inference`, `bench service`",
         description=BENCH,
     )
     bench.set_defaults(parser=bench)

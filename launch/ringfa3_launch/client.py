@@ -327,6 +327,7 @@ def _check(reply: httpx.Response) -> None:
         return
     try:
         error = reply.json()["error"]
+        error["message"]
     except (ValueError, KeyError, TypeError):  # somebody between us and the service
         error = {"message": f"{reply.reason_phrase}: {reply.text[:200]}"}
     raise _error(reply.status_code, error, reply)

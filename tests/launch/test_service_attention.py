@@ -113,6 +113,44 @@ def test_a_session_that_was_lost_is_gone(client: Client, gang: ToyGang) -> None:
         assert gone.value.code == "session_lost"
 
 
+def test_sessions_that_were_lost_take_no_place(client: Client, gang: ToyGang) -> None:
+    """Nobody has to close what the gang took along."""
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 8, "max_tokens": 8}
+    with client.session(**sizes) as first, client.session(**sizes):
+        with pytest.raises(Busy), client.session(**sizes):
+            pass
+        gang.restarts += 1
+        with client.session(**sizes) as later:
+            assert later.length == 0
+            with pytest.raises(SessionGone) as gone:
+                _ = first.length
+            assert gone.value.code == "session_lost"
+
+
+def test_opening_has_a_deadline(gang: ToyGang) -> None:
+    """A session that comes too late for who asked for it is closed."""
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 8, "max_tokens": 8}
+    opened = len(gang.opened)
+    with serving(gang, limits=Limits(attentions=1)) as (url, server), Client(url) as client:
+        gang.attending.clear()
+        first = threading.Thread(target=client.attention, args=qkv(4, 2, 1, 8))
+        first.start()
+        try:
+            while not server._app.state.service.attentions.inside:
+                time.sleep(0.005)
+            began = time.monotonic()
+            reply = httpx.post(f"{url}/v1/sessions", json=sizes, headers={"X-Deadline-S": "0.3"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+            assert time.monotonic() - began < 3
+        finally:
+            gang.attending.set()
+            first.join()
+        until = time.monotonic() + 5
+        while not (len(gang.opened) > opened and gang.opened[-1].closed) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert gang.opened[-1].closed
+
+
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
@@ -125,6 +163,7 @@ def test_a_session_that_was_lost_is_gone(client: Client, gang: ToyGang) -> None:
         (lambda q, k, v: (q[..., :3], k[..., :3], v[..., :3]), "head_dim"),
         (lambda q, k, v: (q[:, :, :3], k, v), "H dividing 3"),
         (lambda q, k, v: (q, k, v[:, 1:]), "v: wanted k's shape"),
+        (lambda q, k, v: (x[:, :1].expand(4097, -1, -1, -1) for x in (q[..., :2, :], k, v)), "q: wanted at most 4096"),
     ],
 )
 def test_wrong_tensors(client: Client, spoil: Any, match: str) -> None:

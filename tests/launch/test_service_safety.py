@@ -16,10 +16,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
+from pydantic import ValidationError
 
-from ringfa3_launch import serve
+from ringfa3_launch import client, serve
+from ringfa3_launch.cluster.tensors import pack
 from ringfa3_launch.service import Access, Limits
-from ringfa3_launch.service.guard import LOOPBACK
+from ringfa3_launch.service.guard import LOOPBACK, TENSORS
+from ringfa3_launch.service.schemas import ChatRequest, CompletionRequest
 from tests.launch.toy_gang import ToyGang, answer, serving
 
 TOKEN = "a-token-of-this-server"
@@ -167,6 +171,155 @@ def test_a_head_without_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             assert http.get(f"{url}/live").status_code == 200
             time.sleep(0.3)
+
+
+@pytest.mark.parametrize(
+    ("first", "status", "then"),
+    [
+        ("GET /live HTTP/1.1\nHost: localhost\n\n", 200, b"\r\n"),
+        ("POST /v1/attention HTTP/1.1\nHost: localhost\nContent-Length: 900000000000\n\n", 415, b"x"),
+        ("POST /v1/completions HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\n\n", 411, b"1\r\nx\r\n"),
+    ],
+)
+def test_nothing_goes_on_for_ever_after_an_answer(
+    url: str, monkeypatch: pytest.MonkeyPatch, first: str, status: int, then: bytes
+) -> None:
+    """Blank lines begin no request, and the body of one that was refused need not end."""
+    monkeypatch.setattr("ringfa3_launch.service.protocol.REST_S", 0.3)
+    host, port = url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+        connection.sendall(first.replace("\n", "\r\n").encode())
+        assert connection.recv(65536).startswith(f"HTTP/1.1 {status} ".encode())
+        until = time.monotonic() + 5
+        closed = False
+        while not closed and time.monotonic() < until:
+            time.sleep(0.05)
+            try:
+                connection.sendall(then)
+            except ConnectionError:
+                closed = True
+        assert closed
+
+
+@pytest.mark.parametrize(("take", "deadline"), [(0.3, 60), (2.5, 0.5)])
+def test_an_answer_that_nobody_takes(
+    gang: ToyGang, monkeypatch: pytest.MonkeyPatch, take: float, deadline: float
+) -> None:
+    """It counts as memory, and not for ever: the deadline holds for it, too."""
+    monkeypatch.setattr("ringfa3_launch.service.protocol.TAKE_S", take)
+    q, k = torch.zeros(1, 1, 512, 256).repeat(32, 1, 1, 1), torch.zeros(32, 1, 1, 256)
+    body = b"".join(pack({"q": q, "k": k, "v": k}))
+    head = f"POST /v1/attention HTTP/1.1\nHost: localhost\nContent-Type: {TENSORS}\nContent-Length: {len(body)}"
+    with serving(gang) as (url, server):
+        inside = server._app.state.service.bytes
+        host, port = url.removeprefix("http://").split(":")
+        with closing(socket.socket()) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(f"{head}\nX-Deadline-S: {deadline}\n\n".replace("\n", "\r\n").encode() + body)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            assert inside.inside > q.nbytes
+            began, until = time.monotonic(), time.monotonic() + 10
+            while inside.inside and time.monotonic() < until:
+                time.sleep(0.02)
+            assert inside.inside == 0
+            assert time.monotonic() - began < 2
+            while server.server_state.connections and time.monotonic() < until:
+                time.sleep(0.02)
+            assert not server.server_state.connections
+        slow = b""  # one that takes its time, but takes it
+        with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+            connection.sendall(f"{head}\nConnection: close\n\n".replace("\n", "\r\n").encode() + body)
+            while part := connection.recv(1 << 20):
+                slow += part
+                time.sleep(0.02)
+        assert len(slow) > q.nbytes
+
+
+def test_connections_are_so_many(gang: ToyGang) -> None:
+    """More are closed, whether or not they ask for something: the process needs files for itself."""
+    with serving(gang) as (url, server), ExitStack() as held:
+        server.config.limit_concurrency = 8
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(40):
+            held.enter_context(closing(socket.create_connection((host, int(port)), timeout=5)))
+        until = time.monotonic() + 5
+        while len(server.server_state.connections) != 10 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(server.server_state.connections) == 10
+        held.close()
+        while server.server_state.connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert httpx.get(f"{url}/live").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"prompt": [None] * 9999}),
+        (CompletionRequest, {"prompt": "x", **{f"x{number}": 1 for number in range(9999)}}),
+        (CompletionRequest, {"prompt": "x", "stop": [0] * 9999}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(number): "x" for number in range(9999)}}),
+        (ChatRequest, {"messages": [{}] * 4096}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 9999}]}),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": "x"}], "metadata": dict.fromkeys(map(str, range(99)), 1)},
+        ),
+    ],
+)
+def test_not_every_fault_is_listed(kind: Any, fields: dict[str, Any]) -> None:
+    """A list of them is a hundred times the body, and takes seconds in which nobody else is answered."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({"model": "toy"} | fields)
+    assert refused.value.error_count() <= 4
+
+
+def test_what_nobody_expected_is_an_answer_too(gang: ToyGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(gang, "info", info)
+    with serving(gang) as (url, _):
+        reply = httpx.get(f"{url}/v1/models", headers={"X-Request-Id": "mine-8"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
+        assert reply.headers["x-request-id"] == "mine-8"
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert 'ringfa3_requests_total{route="/v1/models",status="500"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_client_that_leaves_in_its_body_is_no_error(gang: ToyGang, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(gang) as (url, server):
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /v1/attention HTTP/1.1\nHost: localhost\nContent-Type: {TENSORS}\nContent-Length: 99\n\n"
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            connection.sendall(head.replace("\n", "\r\n").encode() + b"x")
+            until = time.monotonic() + 5
+            while not server._app.state.service.bytes.inside and time.monotonic() < until:
+                time.sleep(0.005)
+        while server._app.state.service.bytes.inside and time.monotonic() < until:
+            time.sleep(0.005)
+        assert 'route="/v1/attention",status="499"} 1.0' in httpx.get(f"{url}/metrics").text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_no_thread_is_to_be_had(gang: ToyGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is too much at once, and takes no place for ever."""
+
+    start = threading.Thread.start
+
+    def none(thread: threading.Thread) -> None:
+        if thread.name == "completion":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving(gang) as (url, server):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none)
+            reply = httpx.post(f"{url}/v1/completions", json=ASK)
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        assert server._app.state.service.completions.inside == 0
+        assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -342,3 +495,9 @@ def test_limits_are_checked() -> None:
         with pytest.raises(ValueError, match="wanted more than 0"):
             serve.limits_from(options(name, "0"), cpu=True)
     assert serve.limits_from(options("--deadline", "5"), cpu=True).deadline_s == 5
+
+
+@pytest.mark.parametrize("body", ['{"error": "text"}', '{"error": {}}', "[]", "<html>"])
+def test_what_a_proxy_says_is_a_service_error(body: str) -> None:
+    with pytest.raises(client.ServiceError, match=r"Bad Gateway"):
+        client._check(httpx.Response(502, text=body))

@@ -201,7 +201,6 @@ class Gang:
             patient: ranks may be silent (they start).
         """
         now = time.monotonic()
-        paused, self._looked = now - self._looked > 2.0, now
         for member in self.members:
             if (how := member.ended()) is not None:
                 return self._failed(member.rank, f"its process has ended by {how}")
@@ -213,6 +212,7 @@ class Gang:
                 return self._failed(worst.rank, worst.message)
         if patient:
             return None
+        paused, self._looked = now - self._looked > 2.0, now  # callers' patient looks must not hide a pause
         for rank, link in enumerate(self._links):
             waits = self._asked[rank] > self._heard[rank]
             if waits and paused:  # it was us who stood still

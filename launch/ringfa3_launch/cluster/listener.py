@@ -113,7 +113,13 @@ class Listener:
             thread = threading.Thread(target=self._meet, args=(sock,), name="ringfa3 connection", daemon=True)
             with self._lock:
                 self._threads.add(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no thread is to be had now
+                with self._lock:
+                    self._threads.discard(thread)
+                self._strangers.release()
+                sock.close()
 
     def _meet(self, sock: socket.socket) -> None:
         try:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext, suppress
 from typing import Annotated, Any
 
 import torch
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from ringfa3_launch.cluster.tensors import pack
 from ringfa3_launch.service.bodies import NAMES, Described, check_finite, read_tensors
 from ringfa3_launch.service.errors import Refusal
 from ringfa3_launch.service.guard import TENSORS
-from ringfa3_launch.service.limits import check_work
+from ringfa3_launch.service.limits import Gate, check_work
 from ringfa3_launch.service.schemas import Strict
 from ringfa3_launch.service.sessions import Held, Sessions
 from ringfa3_launch.service.state import Service, no_query, note
 
 ROWS, KEYS = ("q",), ("k", "v")
+BATCH = 4096  # sequences of a call: each costs the ranks time of its own, however short it is
+PIECE = 1 << 20  # bytes of an answer that are handed on together
 BINARY: dict[str, Any] = {TENSORS: {"schema": {"type": "string", "format": "binary"}}}
 WINDOW = r"^(-1|\d{1,9}),(-1|\d{1,9})$"
 
@@ -166,6 +169,8 @@ def check_call(header: Mapping[str, Described], flops: float) -> None:
         raise Refusal.wrong("v", f"k's shape {list(k.shape)}", list(v.shape))
     if k.shape[0] != B or k.shape[3] != D or Hq % Hkv:
         raise Refusal.wrong("k", f"[{B}, S, H, {D}], H dividing {Hq}", list(k.shape))
+    if B > BATCH:
+        raise Refusal.wrong("q", f"at most {BATCH} sequences", B)
     if not 8 <= D <= 256 or D % 8:
         raise Refusal.wrong("q", "a head_dim of a multiple of 8 from 8 to 256", D)
     check_work(4.0 * B * Hq * Sq * Sk * D, flops)
@@ -206,7 +211,31 @@ async def _computed(
     note(request, shape="x".join(map(str, given[names[0]].shape)))
     async with asyncio.timeout(until - time.monotonic()):
         body = await asyncio.shield(service.begin(work()))
-    return Response(body, media_type=TENSORS)
+    return _Answer(body, service.bytes, until)
+
+
+class _Answer(Response):
+    """Tensors on their way to a client, within its deadline: they count as memory until it took them.
+
+    Args:
+        body: safetensors.
+        gate: of bytes.
+        until: seconds of time.monotonic().
+    """
+
+    def __init__(self, body: bytes, gate: Gate, until: float) -> None:
+        super().__init__(body, media_type=TENSORS)
+        self.gate, self.until = gate, until
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        late = suppress(TimeoutError)  # its status is sent: that it ends too early is all that can be said
+        with self.gate.counted(len(self.body)), late:
+            async with asyncio.timeout(self.until - time.monotonic()):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for at in range(0, len(self.body), PIECE):  # in pieces, as a sender waits between them alone
+                    piece = bytes(self.body[at : at + PIECE])
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _work(given: dict[str, torch.Tensor], compute: Callable[[Any], dict[str, torch.Tensor]]) -> bytes:

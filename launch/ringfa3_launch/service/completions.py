@@ -111,7 +111,11 @@ async def respond(service: Service, asked: Asked, prompt: Prompt, form: Form, re
         if answer is not None:
             service.streams.discard(answer.stream)
 
-    stream = Stream(service.cluster, prompt.ids, sampling, session=asked.session, until=until, ended=ended)
+    try:
+        stream = Stream(service.cluster, prompt.ids, sampling, session=asked.session, until=until, ended=ended)
+    except RuntimeError as error:  # no thread is to be had
+        service.completions.leave()
+        raise Refusal.busy(str(error)) from error
     answer = Answer(service, stream, form, request)
     service.streams.add(stream)
     if not asked.stream:

@@ -12,9 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ringfa3_launch.service.errors import GONE, Refusal
+from ringfa3_launch.service.errors import GONE, Refusal, refusal
 from ringfa3_launch.service.limits import Gate, Limits
 from ringfa3_launch.service.metrics import Metrics
 
@@ -74,9 +75,13 @@ class Guard:
             upload = _Upload(receive, visit.length, self.limits.upload_s)
             with self.json.held(visit.length) if visit.kind == JSON else nullcontext():
                 await self.app(scope, upload.receive, reply)
-        except Refusal as error:
+        except ClientDisconnect:  # in the middle of its body
+            pass
+        except Exception as error:  # a refusal, or what nobody expected: answered, counted and logged like all else
             if visit.status is None:
-                await error.answer()(scope, receive, reply)
+                await refusal(error).answer()(scope, receive, reply)
+            elif not isinstance(error, Refusal):
+                raise
         finally:
             self.log(scope, visit)
 

@@ -83,6 +83,15 @@ class Gate:
         finally:
             self.leave(amount)
 
+    @contextmanager
+    def counted(self, amount: int) -> Iterator[None]:
+        """Inside the gate though it be full: what is there already."""
+        self.inside += amount
+        try:
+            yield
+        finally:
+            self.leave(amount)
+
     def check(self, amount: int = 1) -> None:
         """Whether there is room.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
+NAMES = 64  # of a JSON object: more than any has fields
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
 
@@ -27,10 +28,23 @@ Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > NAMES:
+        raise ValueError(f"wanted an object of at most {NAMES} names, got {len(given)}")
+    return given
+
+
+Few = BeforeValidator(_few)
+
+
 class Strict(BaseModel):
-    """No field beyond those declared, no value of another type."""
+    """No field beyond those declared, no value of another type.
+
+    Pydantic lists every fault that it finds, a kilobyte each: so objects are bounded, and lists end at their first.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    _bounded = model_validator(mode="before")(_few)
 
 
 class StreamOptions(Strict):
@@ -48,8 +62,12 @@ class Asked(Strict):
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="default 1")
     top_k: int | None = Field(None, ge=0, lt=1 << 31, description="0 or null: all tokens; ours")
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, description="the same seed gives the same answer")
-    stop: Stop | list[Stop] | None = Field(None, description="the answer ends before the first of these")
-    stop_token_ids: list[Token] | None = Field(None, max_length=64, description="ours")
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = Field(
+        None, description="the answer ends before the first of these"
+    )
+    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = Field(
+        None, description="ours"
+    )
     ignore_eos: bool | None = Field(None, description="go on after the model's end token; ours")
     stream: bool | None = Field(None, description="server-sent events, the last is [DONE]")
     stream_options: StreamOptions | None = Field(None, description="with stream only")
@@ -59,7 +77,9 @@ class Asked(Strict):
     )
     user: str | None = Field(None, max_length=512, description="has no effect")
     n: Literal[1] | None = Field(None, description="only 1 is served")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="only empty is served")
+    logit_bias: Annotated[dict[str, float], Few, Field(max_length=0)] | None = Field(
+        None, description="only empty is served"
+    )
     frequency_penalty: Zero | None = Field(None, description="only 0 is served")
     presence_penalty: Zero | None = Field(None, description="only 0 is served")
 
@@ -67,7 +87,7 @@ class Asked(Strict):
 class CompletionRequest(Asked):
     """POST /v1/completions."""
 
-    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Token], Field(min_length=1)] = Field(
+    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Token], Field(min_length=1, fail_fast=True)] = Field(
         description="text, or token ids"
     )
     max_tokens: int | None = Field(None, ge=1, lt=1 << 31, description="default 16")
@@ -88,7 +108,7 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: None = Field(None, description="not served")
     refusal: None = Field(None, description="only null: an answer of this server given back")
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="not served")
@@ -106,7 +126,7 @@ class TextFormat(Strict):
 class ChatRequest(Asked):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, lt=1 << 31, description="default: what the context leaves")
     max_tokens: int | None = Field(None, ge=1, lt=1 << 31, description="the older name of max_completion_tokens")
     logprobs: Literal[False] | None = Field(None, description="not served")
@@ -114,9 +134,11 @@ class ChatRequest(Asked):
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="not served")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="tools are not served")
     response_format: TextFormat | None = Field(None, description="only text is served")
-    modalities: list[Literal["text"]] | None = Field(None, description="only text is served")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
+        None, description="only text is served"
+    )
     store: Literal[False] | None = Field(None, description="nothing is stored")
-    metadata: dict[str, str] | None = Field(None, description="has no effect")
+    metadata: Annotated[dict[str, str], Few] | None = Field(None, description="has no effect")
 
 
 class Details(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 
 from ringfa3_launch.service.protocol import BoundedProtocol
 
-CONNECTIONS = 4096  # open at once; more are answered 503 by uvicorn
+CONNECTIONS = 4096  # open at once; more are answered 503 by uvicorn, many more are closed
 IDLE_S = 75  # that a connection may be idle: longer than clients keep theirs, or they would ask into one just closed
 GRACE_S = 5  # for connections to close, after the requests have ended
 
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,  # nobody is believed to be somebody else
                 ws="none",
                 lifespan="on",
-                limit_concurrency=CONNECTIONS,
+                limit_concurrency=_connections(),
                 timeout_keep_alive=IDLE_S,
                 timeout_graceful_shutdown=GRACE_S,
             )
@@ -71,6 +72,12 @@ class Server(uvicorn.Server):
             await self._app.state.service.drain(self._drain_s)
         finally:
             self.should_exit = True
+
+
+def _connections() -> int:
+    """How many, so that half of the files that this process may open are left for it: ranks are restarted with them."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, files // 2)
 
 
 def bind(host: str, port: int) -> socket.socket:

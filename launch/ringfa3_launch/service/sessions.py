@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ringfa3_launch.cluster.faults import SessionLost
 from ringfa3_launch.service.bodies import NAMES, Described
 from ringfa3_launch.service.contract import Attending
-from ringfa3_launch.service.errors import Refusal
+from ringfa3_launch.service.errors import Refusal, refusal
 from ringfa3_launch.service.limits import check_work
 from ringfa3_launch.service.state import Service
 
@@ -32,6 +33,7 @@ class Held:
     head_dim: int
     dtype: torch.dtype
     max_tokens: int
+    restarts: int  # of the gang that holds it
     length: int = 0
     used: float = field(default_factory=time.monotonic)
     closed: bool = False
@@ -86,7 +88,7 @@ class Sessions:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._open: dict[str, Held] = {}
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, Refusal] = OrderedDict()  # by id, and what is said of it
         self._opening = 0
 
     async def open(
@@ -96,26 +98,37 @@ class Sessions:
 
         Raises:
             Refusal: wrong, or too many.
+            TimeoutError: not by then; it is closed as soon as it is there.
         """
         limits = self._service.limits
         if heads % kv_heads:
             raise Refusal.wrong("heads", f"a multiple of kv_heads {kv_heads}", heads)
         if max_tokens > limits.session_tokens:
             raise Refusal.wrong("max_tokens", f"at most {limits.session_tokens}", max_tokens)
+        self._drop_lost()
         if len(self._open) + self._opening >= limits.sessions:
             raise Refusal.busy(f"sessions: {limits.sessions} of {limits.sessions} in use")
-        self._opening += 1
-        try:
-            session = await self._service.call(
-                lambda: self._service.cluster.session(
-                    heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, max_tokens=max_tokens
+
+        async def opening() -> Held:
+            self._opening += 1
+            try:
+                session = await self._service.call(
+                    lambda: self._service.cluster.session(
+                        heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, max_tokens=max_tokens
+                    )
                 )
-            )
-        finally:
-            self._opening -= 1
-        held = Held(secrets.token_urlsafe(18), session, heads, kv_heads, head_dim, NAMES[dtype], max_tokens)
-        self._open[held.id] = held
-        return held
+            finally:
+                self._opening -= 1
+            id, restarts = secrets.token_urlsafe(18), self._service.cluster.restarts
+            held = Held(id, session, heads, kv_heads, head_dim, NAMES[dtype], max_tokens, restarts)
+            if time.monotonic() > until:  # nobody will ever know its id
+                await self._service.call(session.close)
+            else:
+                self._open[id] = held
+            return held
+
+        async with asyncio.timeout(until - time.monotonic()):
+            return await asyncio.shield(self._service.begin(opening()))
 
     def get(self, id: str) -> Held:
         """The session of this id.
@@ -124,7 +137,7 @@ class Sessions:
             Refusal: 404, there never was one; 410, it is gone.
         """
         if id in self._gone:
-            raise gone()
+            raise self._gone[id]
         if id not in self._open:
             raise Refusal(404, "id: wanted an open session's, got another", param="id", code="session_not_found")
         return self._open[id]
@@ -133,13 +146,22 @@ class Sessions:
         """Close it, after the request that uses it."""
         held = self.get(id)
         async with held.turn():
-            held.closed = True
-            self._open.pop(id, None)
-            self._gone[id] = None
-            while len(self._gone) > REMEMBERED:
-                self._gone.popitem(last=False)
+            self._forget(held, gone())
             with suppress(Exception):  # lost with its gang: then there is nothing to free
                 await self._service.call(held.session.close)
+
+    def _forget(self, held: Held, why: Refusal) -> None:
+        held.closed = True
+        self._open.pop(held.id, None)
+        self._gone[held.id] = why
+        while len(self._gone) > REMEMBERED:
+            self._gone.popitem(last=False)
+
+    def _drop_lost(self) -> None:
+        """Those of a gang that is no more take no place. Each is as the cluster would say of it: lost."""
+        for held in list(self._open.values()):
+            if held.restarts != self._service.cluster.restarts:
+                self._forget(held, refusal(SessionLost("the ranks that held it have failed")))
 
     async def tidy(self) -> None:
         """Close what nobody used for too long, for ever."""

@@ -26,6 +26,9 @@ class Stream:
         session: as the engine's.
         until: the deadline, seconds of time.monotonic().
         ended: called without arguments.
+
+    Raises:
+        RuntimeError: the process may have no thread more; `ended` is not called then.
     """
 
     def __init__(
@@ -45,8 +48,8 @@ class Stream:
         self._lock = threading.Lock()  # over the two below, which both threads read and write
         self._accepted: Completing | None = None
         self._cancelled = False
-        self._timer = self._loop.call_later(max(0.0, until - time.monotonic()), self.fail, TimeoutError())
         threading.Thread(target=self._work, name="completion", daemon=True).start()
+        self._timer = self._loop.call_later(max(0.0, until - time.monotonic()), self.fail, TimeoutError())
 
     async def batch(self, patience: float) -> list[Event]:
         """The events that came since the last call, waited for as long as `patience` (seconds); none is silence.
