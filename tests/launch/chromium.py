@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from websockets.sync.client import ClientConnection, connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -84,7 +85,8 @@ class Tab:
 def browser(folder: Path) -> Iterator[Tab]:
     """A Chromium with one tab, its profile in this folder."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
-    assert program, "wanted chromium (apt-get install chromium; .ci/run does), got none"
+    if program is None:
+        pytest.skip("needs chromium (apt-get install chromium; .ci/run does)")
     flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
     quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions")
     process = subprocess.Popen(
