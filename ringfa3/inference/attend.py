@@ -190,7 +190,7 @@ class Decode:
         packed = _packed(mine)[None]
         if self._ranks.world > 1:
             packed, own = packed.new_empty(self._ranks.world, *packed.shape[1:]), packed
-            shards._all_gather(packed.view(-1), own.view(-1), group=self._ranks.group)
+            shards.all_gather(packed.view(-1), own.view(-1), group=self._ranks.group)
         return joined(packed, sinks).to(q.dtype)
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ringfa3.inference.attend import Step
-from ringfa3.integrations.transformers import HARMLESS, _rules
+from ringfa3.integrations.transformers import HARMLESS, rules
 from ringfa3.mask import Mask
 from ringfa3_kernels import Unsupported
 
@@ -249,7 +249,7 @@ def see(*, mask_function: Callable[..., Any], attention_mask: Any = None, **_siz
         raise ValueError(f"attn_implementation: wanted {NAME!r} to be called by a Runner, got a call of the model")
     if attention_mask is not None:
         raise ValueError("attention_mask: wanted none, as sequences are not padded, got one")
-    mask = Mask(**_rules(mask_function))
+    mask = Mask(**rules(mask_function))
     if not mask.causal:
         raise Unsupported("model: its layers see what follows; only causal LMs are served")
     return Sight(mask, step)

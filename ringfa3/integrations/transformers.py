@@ -228,7 +228,7 @@ class _Call:
         """How one kind of layer sees, from the function that is transformers' word for its mask."""
         if rows != self.rows:
             raise ValueError(f"q_length: wanted the model's {self.rows} rows, got {rows}: another sequence's mask")
-        mask = Mask(documents=self.documents, **_rules(function))
+        mask = Mask(documents=self.documents, **rules(function))
         if mask.causal != self.plan.mask.causal:
             raise ValueError(
                 f"plan: wanted a mask with causal={mask.causal}, as the model's layers, got {self.plan.mask}"
@@ -351,7 +351,7 @@ def padding_documents(padding: Tensor) -> tuple[tuple[int, ...], ...] | None:
     return tuple(rows)
 
 
-def _rules(function: Callable[..., Any]) -> dict[str, Any]:
+def rules(function: Callable[..., Any]) -> dict[str, Any]:
     """causal, window and chunk of a transformers mask function, which is a tree of closures.
 
     Raises:
@@ -376,15 +376,15 @@ def _rules(function: Callable[..., Any]) -> dict[str, Any]:
     ):  # guessed from position_ids, which the plan's documents have vouched for
         return {}
     if kind == "remap_positions_for_packed_sequence":
-        return _rules(inside["mask_function"])
+        return rules(inside["mask_function"])
     if kind != "and_masks":
         raise ValueError(f"mask_function: wanted causality, windows, chunks and documents of transformers, got {kind}")
-    rules: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for part in inside["mask_functions"]:
-        for name, value in _rules(part).items():
-            if rules.setdefault(name, value) != value:
-                raise ValueError(f"mask_function: wanted one {name} a layer, got {rules[name]} and {value}")
-    return rules
+        for name, value in rules(part).items():
+            if found.setdefault(name, value) != value:
+                raise ValueError(f"mask_function: wanted one {name} a layer, got {found[name]} and {value}")
+    return found
 
 
 AttentionInterface.register(NAME, attention)

@@ -334,7 +334,7 @@ def test_refusals_of_the_attention_function() -> None:
 
 
 def test_unknown_mask_functions_are_refused() -> None:
-    rules = integration._rules
+    rules = integration.rules
     assert rules(masking_utils.sliding_window_causal_mask_function(5)) == {"causal": True, "window": (4, -1)}
     with pytest.raises(ValueError, match="or_masks"):
         rules(masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function))

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from ringfa3_launch.bench.attention import announce_plot, in_ranks, integers
 from ringfa3_launch.bench.case import parse_size
 from ringfa3_launch.bench.ring import command
+from ringfa3_launch.checkpoint import hush
 from ringfa3_launch.console import Console
-from ringfa3_launch.generate import DTYPES, QUIET
+from ringfa3_launch.generate import DTYPES
 from ringfa3_launch.options import gpus_for, made_folder
 from ringfa3_launch.rank import RankInfo, launched
 
@@ -83,8 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; see the module."""
-    for name, value in QUIET.items():  # before transformers is imported, here and in the ranks
-        os.environ.setdefault(name, value)
+    hush()
     info = RankInfo.from_env() if launched() else None
     asked = asked_from(args, info)
     silent = info is not None and info.rank > 0

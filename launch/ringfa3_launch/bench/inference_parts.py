@@ -59,7 +59,7 @@ def time_merge(sizes: Sizes, batch: int, ranks: Any, *, device: torch.device, se
     every = mine.new_empty(ranks.world, *mine.shape)
 
     def merge() -> None:
-        shards._all_gather(every.view(-1), mine.view(-1), group=ranks.group)
+        shards.all_gather(every.view(-1), mine.view(-1), group=ranks.group)
         joined(every, None)
 
     call, times = merge, 1

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ringfa3_launch.bench.attention import announce_plot, integers
 from ringfa3_launch.bench.case import parse_size
 from ringfa3_launch.bench.ring import command
+from ringfa3_launch.checkpoint import hush
 from ringfa3_launch.console import Console
 from ringfa3_launch.options import gpus_for, made_folder
-from ringfa3_launch.serve import QUIET, start, token_from
+from ringfa3_launch.serve import start, token_from
 
 if TYPE_CHECKING:
     from ringfa3_launch.bench.service_case import Played, Program, Service
@@ -106,8 +107,7 @@ class Running:
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; see the module."""
     began = time.monotonic()
-    for name, value in QUIET.items():  # before transformers is imported, here and in the ranks
-        os.environ.setdefault(name, value)
+    hush()
     lacking = [name for name in (NEEDED[:1] if args.url else NEEDED) if importlib.util.find_spec(name) is None]
     if lacking:  # now, not after the ranks have loaded a model
         raise ValueError(f"bench service: wanted {', '.join(lacking)} (pip install 'ringfa3[serve]'), got none")

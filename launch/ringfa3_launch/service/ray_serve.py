@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ringfa3_launch.checkpoint import Checkpoint
-from ringfa3_launch.serve import QUIET, add_arguments, limits_from, token_from
+from ringfa3_launch.checkpoint import Checkpoint, hush
+from ringfa3_launch.serve import add_arguments, limits_from, token_from
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -82,8 +81,7 @@ def create(args: argparse.Namespace) -> FastAPI:
     from ringfa3_launch.cluster import RingCluster
     from ringfa3_launch.service import Access, create_app
 
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    hush()
     token = token_from(None)
     gpus = 0 if args.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     if args.device == "cuda" and not gpus:
