@@ -39,8 +39,10 @@ check: .venv/installed ## lint, types, import contracts
 	$(PY) -m mypy
 	$(dir $(PY))lint-imports
 
+# Two at a time for speed. What fails so is run once more, alone: a machine's load is no defect, and a defect fails again.
 test: .venv/installed .triton-next/installed ## the whole suite, on two cores
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile || \
+	  { [ $$? -eq 1 ] && echo 'These failed beside others: once more, alone' && $(PY) -m pytest -v --last-failed --maxfail 1; }
 
 test-gpu: $(ENV) ## the gpu tests, on this machine's GPUs; writes docs/results/gpu_receipt.json
 	$(PY) -m pytest tests/gpu -q -p no:benchmark -n 12 --dist loadgroup --receipt docs/results/gpu_receipt.json

@@ -24,6 +24,7 @@ from ringfa3_launch.cluster import RingCluster
 from ringfa3_launch.cluster.faults import NotReady, Overloaded, SessionLost, blame
 from tests.launch.test_cluster import _running, check, inputs
 from tests.launch.test_local import children
+from tests.patience import patience
 
 TOLD = 5.0  # seconds within which everybody hears that a rank was killed
 UNREADY = 2.0
@@ -77,7 +78,7 @@ class Watched:
         """Wait for new ranks, and see that they are right."""
         self.cluster.wait(self.patience)
         assert self.cluster.restarts == restarts + 1
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patience(30)
         while not self.cluster.ready():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -114,12 +115,12 @@ class Caller(threading.Thread):
 def all_hear(callers: list[Caller], rank: int, cause: str, since: float, within: float) -> None:
     """That every caller got RankFailed, with its rank, its host and the cause, in time."""
     for caller in callers:
-        caller.join(within + 20)
+        caller.join(patience(within + 20))
         assert isinstance(caller.error, RankFailed), caller.error
         assert caller.error.rank == rank, caller.error
         assert caller.error.host == os.uname().nodename
         assert cause in str(caller.error)
-        assert caller.at - since < within, f"heard after {caller.at - since:.2f} s"
+        assert caller.at - since < patience(within), f"heard after {caller.at - since:.2f} s"
 
 
 def long_attention(cluster: RingCluster) -> Callable[[], Any]:
@@ -138,7 +139,7 @@ def test_a_rank_killed_in_the_middle_of_attention(watched: Watched) -> None:
     since = time.monotonic()
     os.kill(dead, signal.SIGKILL)
     while cluster.ready():
-        assert time.monotonic() - since < UNREADY
+        assert time.monotonic() - since < patience(UNREADY)
         time.sleep(0.01)
     all_hear(callers, 1, "signal SIGKILL", since, TOLD)
     with pytest.raises(NotReady, match=r"restarted, because rank 1 on .* SIGKILL"):
@@ -179,7 +180,7 @@ def test_a_rank_that_stands_still_is_named(watched: Watched) -> None:
     since = time.monotonic()
     os.kill(stopped, signal.SIGSTOP)
     while cluster.ready():
-        assert time.monotonic() - since < UNREADY + 0.5
+        assert time.monotonic() - since < patience(UNREADY + 0.5)
         time.sleep(0.01)
     all_hear(callers, 1, "no sign of life for 3 s", since, TIMEOUT + 2)
     watched.recovers(restarts)
@@ -256,7 +257,7 @@ def test_completions_are_cancelled_and_give_their_pages_back(watched: Watched) -
     with three:
         pass
     assert list(three) == []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(30)
     while cluster.info()["engine"]["pages_used"] != [0, 0]:
         assert time.monotonic() < deadline, cluster.info()["engine"]
         time.sleep(0.05)

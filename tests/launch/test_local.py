@@ -16,6 +16,7 @@ import torch
 
 from ringfa3_launch import local
 from ringfa3_launch.local import _packed, cores
+from tests.patience import patience
 
 pytestmark = pytest.mark.usefixtures("_ranks_importable")
 
@@ -135,14 +136,14 @@ if __name__ == "__main__":
     if how != signal.SIGKILL:
         assert not list((tmp_path / "temporary").glob("ringfa3-*")), "the ranks' folder was left behind"
     assert "Traceback" not in err, err
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(30)
     while any(_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its caller"
         time.sleep(0.05)
 
 
 def _written(path: Path) -> str:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.05)

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from ringfa3_launch.client import Busy, Client, DeadlineExceeded, Refused, SessionGone, Unavailable
 from ringfa3_launch.service import Limits
 from tests.launch.toy_gang import ToyGang, plain, serving
+from tests.patience import patience
 
 LIMITS = Limits(tensor_bytes=1 << 20, tensor_bytes_together=3 << 19, sessions=2, attention_flops=1e9)
 BINARY = {"Content-Type": "application/octet-stream"}
@@ -141,11 +142,11 @@ def test_opening_has_a_deadline(gang: ToyGang) -> None:
             began = time.monotonic()
             reply = httpx.post(f"{url}/v1/sessions", json=sizes, headers={"X-Deadline-S": "0.3"})
             assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < patience(10)
         finally:
             gang.attending.set()
             first.join()
-        until = time.monotonic() + 5
+        until = time.monotonic() + patience(30)
         while not (len(gang.opened) > opened and gang.opened[-1].closed) and time.monotonic() < until:
             time.sleep(0.01)
         assert gang.opened[-1].closed

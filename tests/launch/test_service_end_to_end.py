@@ -20,13 +20,9 @@ import torch
 
 from ringfa3_launch.client import Client, SessionGone, Unavailable
 from tests.launch.toy_gang import plain
+from tests.patience import patience
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-def crowd() -> float:
-    """How many times slower than alone everything is here at the moment: times are measured against it."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @dataclass
@@ -127,14 +123,14 @@ def test_what_the_readme_shows(served: Served) -> None:
         texts.close()  # type: ignore[attr-defined]  # a generator: the client leaves
         left = time.monotonic()
         while used(ours) != before:
-            assert time.monotonic() - left < 10 * crowd()
+            assert time.monotonic() - left < patience(10)
             time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_a_rank_is_killed_while_it_answers(served: Served) -> None:
     """The caller hears which rank; /ready says no, then yes again; answers are the same as before."""
-    served.wait_ready(30 * crowd())
+    served.wait_ready(patience(30))
     with Client(served.url) as client:
         before = client.chat(QUESTION, temperature=0, max_tokens=16).text
         ranks = {rank["rank"]: rank["pid"] for rank in client.info()["ranks"]}
@@ -147,15 +143,15 @@ def test_a_rank_is_killed_while_it_answers(served: Served) -> None:
             with pytest.raises(Unavailable, match=r"rank 1 on .*SIGKILL") as failed:
                 for _ in texts:
                     pass
-            assert time.monotonic() - killed < 5 * crowd()
+            assert time.monotonic() - killed < patience(5)
             assert failed.value.code == "rank_failed"
             while client.ready():
-                assert time.monotonic() - killed < 2 * crowd()
+                assert time.monotonic() - killed < patience(2)
             with pytest.raises(Unavailable) as down:
                 client.chat(QUESTION)
             assert down.value.retry_after
             assert httpx.get(f"{served.url}/live").status_code == 200
-            served.wait_ready(30 * crowd())
+            served.wait_ready(patience(30))
             with pytest.raises(SessionGone, match="410"):
                 session.attend(torch.zeros(1, 1, 2, 16))
         info = client.info()

@@ -27,6 +27,7 @@ from ringfa3_launch.cluster.spawn import Spawned
 from ringfa3_launch.rank import RankInfo
 from tests.launch.test_cluster import check, inputs
 from tests.launch.test_local import children
+from tests.patience import patience
 
 WORLD = 2
 LIMIT = 8 << 20  # bytes of a message
@@ -70,7 +71,7 @@ def serves(cluster: RingCluster) -> None:
     qkv = inputs(33, 4, 2, torch.float32)
     check(cluster.attention(*qkv), None, qkv)
     assert cluster.restarts == 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(30)
     gang = cluster._supervisor.gang()
     while any(_health(gang, rank)["waiting_bytes"] + _health(gang, rank)["session_bytes"] for rank in range(WORLD)):
         assert time.monotonic() < deadline, [_health(gang, rank) for rank in range(WORLD)]
@@ -254,7 +255,7 @@ def test_a_rank_ends_when_its_starter_does() -> None:
     with pytest.raises((Ended, OSError)):
         channel.receive(timeout=20)
     channel.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(30)
     while rank.ended() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)

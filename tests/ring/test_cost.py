@@ -18,6 +18,7 @@ from ringfa3.layout import resolve
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
 from ringfa3_kernels import Unsupported
+from tests.patience import patience
 from tests.ring.masks import masks
 
 H200 = Machine.h200()
@@ -57,7 +58,7 @@ def test_a_million_tokens_on_eight_ranks_take_less_than_a_second() -> None:
     work.cache_clear()
     started = time.perf_counter()
     found = predict(job(1 << 20, 8, backward=True, mask=Mask(window=(4095, 0))), Way("pull", "zigzag"))
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < patience(1)
     assert found.scene.work.pairs.sum() == Mask(window=(4095, 0)).pairs(1 << 20)
 
 

@@ -21,6 +21,7 @@ from ringfa3 import Agreement, RankFailed, attention
 from ringfa3.board import Peer
 from ringfa3.transport.wire import Awaited, Wire, _Round
 from ringfa3.watch import Watch, _Standing
+from tests.patience import patience
 
 SOON = 5.0  # seconds, of issue 4
 TRANSPORTS = ("ring", "pull")
@@ -107,7 +108,7 @@ def same_everywhere(world: Any, what: str, direction: str, options: dict[str, An
         assert {message for _, message, _ in told} == {"its process has ended"}
     if what != "dies" and options["transport"] == "ring":  # otherwise it is seen in several ways at once
         assert len({message for _, message, _ in told}) == 1
-    assert max(took for _, _, took in told) < SOON
+    assert max(took for _, _, took in told) < patience(SOON)
 
 
 def test_between_hosts(world: Any) -> None:
@@ -129,7 +130,7 @@ def far_away(rank: int, size: int) -> tuple[float, str]:
     if rank == 1:
         dies()
     start = time.monotonic()
-    while agreement.failure is None and time.monotonic() - start < SOON:
+    while agreement.failure is None and time.monotonic() - start < patience(SOON):
         time.sleep(0.01)
     agreement.failure and part.freed.wait(1)
     assert part.freed.is_set()
@@ -141,7 +142,7 @@ def test_a_rank_on_another_machine_falls_silent(world: Any) -> None:
     for took, said in (told[0], told[2]):
         assert "rank 1 on " in said
         assert "in hop 2: no sign of life for 1 s" in said
-        assert took < 3
+        assert took < patience(3)
 
 
 class Waits:
@@ -172,7 +173,7 @@ def chain_of_waits(rank: int, size: int) -> tuple[int, int | None]:
     watch = Watch(agreement)
     part = Waits({0: (3, 5), 1: (2, 6), 3: (1, 7)}.get(rank))
     watch.follow(part, range(size))
-    assert part.freed.wait(SOON)
+    assert part.freed.wait(patience(SOON))
     assert agreement.failure is not None
     with pytest.raises(RankFailed):
         agreement.agree((), 0)
@@ -260,7 +261,7 @@ def a_late_rank_computes(rank: int, size: int) -> None:
             device.post(1)[0].done = True
         start = time.monotonic()
         while agreement.failure is None:
-            assert time.monotonic() - start < SOON
+            assert time.monotonic() - start < patience(SOON)
             time.sleep(0.01)
         assert (agreement.failure.rank, agreement.failure.hop) == (1, 1)
         time.sleep(0.2)
@@ -318,7 +319,7 @@ def ends_with_its_group(rank: int, size: int) -> None:
 
 def ends(left: int) -> None:
     """In the end only so many watches run."""
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + patience(30)
     gc.collect()  # plans and autograd's nodes
     while len(watching()) > left and time.monotonic() < deadline:
         time.sleep(0.02)
