@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -424,6 +425,41 @@ def test_no_prompt_in_the_log(gang: ToyGang, caplog: pytest.LogCaptureFixture) -
     assert any("mine-7 POST /v1/completions 200" in line and "tokens=5" in line for line in ours)
     assert len(ours) >= 5
     assert not any(secret in line for line in ours)
+
+
+def test_why_it_is_not_ready_is_for_those_with_the_token(gang: ToyGang) -> None:
+    with serving(gang, access=Access(TOKEN, None)) as (url, _):
+        gang.fail(1)
+        for token, told in ((TOKEN, "not ready: rank 1 on here is "), ("another", "not ready")):
+            reply = httpx.get(f"{url}/ready", headers={"Authorization": f"Bearer {token}"})
+            assert reply.status_code == 503
+            message = reply.json()["error"]["message"]
+            assert message.startswith(told)
+            assert (message == told) == (token != TOKEN)
+
+
+def test_reading_the_prompt_takes_a_place_and_time(gang: ToyGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer can take seconds: no more of its work is taken on than of the ranks', and not for longer."""
+    free, tokenizer = threading.Event(), gang.tokenizer
+
+    def slow(text: str) -> Any:
+        free.wait(60)
+        return tokenizer(text)
+
+    monkeypatch.setattr(gang, "tokenizer", slow)
+    with serving(gang, limits=Limits(completions=1)) as (url, server), ExitStack() as stack:
+        stack.callback(free.set)
+        late = httpx.post(f"{url}/v1/completions", json=ASK, headers={"X-Deadline-S": "0.3"}, timeout=30)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert server._app.state.service.completions.inside == 0
+        first = stack.enter_context(ThreadPoolExecutor(1)).submit(
+            httpx.post, f"{url}/v1/completions", json=ASK, timeout=60
+        )
+        while not server._app.state.service.completions.inside:
+            time.sleep(0.005)
+        assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 429
+        free.set()
+        assert first.result().json()["choices"][0]["text"] == answer("Once upon", 5)
 
 
 def test_draining(gang: ToyGang) -> None:

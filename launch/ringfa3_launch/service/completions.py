@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 
 from ringfa3_launch.service.contract import Event
 from ringfa3_launch.service.errors import GONE, Refusal
@@ -34,9 +36,31 @@ KEEPALIVE_S = 15.0  # a comment is sent after so long without news: proxies clos
 STREAMED: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
+class FastJson(Request):
+    """Its body is read by pydantic's parser: a prompt of 128K token ids takes half of the time that Python's takes."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError:  # what Python's takes beyond it, and the errors as FastAPI expects them
+            return await super().json()
+
+
+class FastRoute(APIRoute):
+    """A route whose requests are `FastJson`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            return await handle(FastJson(request.scope, request.receive))
+
+        return handler
+
+
 def routes(service: Service) -> APIRouter:
     """The routes of this file."""
-    router = APIRouter(prefix="/v1", tags=["completions"], dependencies=[Depends(no_query)])
+    router = APIRouter(prefix="/v1", tags=["completions"], dependencies=[Depends(no_query)], route_class=FastRoute)
 
     @router.get("/models")
     async def models() -> Models:
@@ -60,15 +84,13 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text."""
         check_model(service, body.model)
-        prompt = await text_prompt(service, body)
-        return await respond(service, body, prompt, TextForm.new(body.model), request)
+        return await respond(service, body, lambda: text_prompt(service, body), TextForm.new(body.model), request)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses={200: {"content": STREAMED}})
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         check_model(service, body.model)
-        prompt = await chat_prompt(service, body)
-        return await respond(service, body, prompt, ChatForm.new(body.model), request)
+        return await respond(service, body, lambda: chat_prompt(service, body), ChatForm.new(body.model), request)
 
     return router
 
@@ -88,21 +110,21 @@ def check_model(service: Service, name: str) -> None:
         raise unknown_model(name)
 
 
-async def respond(service: Service, asked: Asked, prompt: Prompt, form: Form, request: Request) -> Response:
+async def respond(
+    service: Service, asked: Asked, read: Callable[[], Coroutine[Any, Any, Prompt]], form: Form, request: Request
+) -> Response:
     """The answer, whole or as a stream.
+
+    Args:
+        read: makes the prompt's token ids. They take time, too: within the deadline, and from a place inside.
 
     Raises:
         Refusal: before the first bytes of an answer.
+        TimeoutError: the deadline passed before the prompt was read.
     """
     if asked.stream_options is not None and not asked.stream:
         raise Refusal.wrong("stream_options", "null without stream", "options")
-    sampling = sampling_of(service, asked, prompt)
     until = service.until(request)
-    note(request, prompt=len(prompt.ids), max=prompt.max_tokens)
-    if service.log_text:
-        LOG.info("%s prompt ids %s", request.scope["state"]["id"], list(prompt.ids))
-    if asked.session is not None:
-        await service.converse(asked.session)
     service.completions.enter()
     answer: Answer | None = None
 
@@ -112,10 +134,21 @@ async def respond(service: Service, asked: Asked, prompt: Prompt, form: Form, re
             service.streams.discard(answer.stream)
 
     try:
-        stream = Stream(service.cluster, prompt.ids, sampling, session=asked.session, until=until, ended=ended)
-    except RuntimeError as error:  # no thread is to be had
+        async with asyncio.timeout(until - time.monotonic()):
+            prompt = await read()
+        sampling = sampling_of(service, asked, prompt)
+        note(request, prompt=len(prompt.ids), max=prompt.max_tokens)
+        if service.log_text:
+            LOG.info("%s prompt ids %s", request.scope["state"]["id"], list(prompt.ids))
+        if asked.session is not None:
+            await service.converse(asked.session)
+        try:
+            stream = Stream(service.cluster, prompt.ids, sampling, session=asked.session, until=until, ended=ended)
+        except RuntimeError as error:  # no thread is to be had
+            raise Refusal.busy(str(error)) from error
+    except BaseException:
         service.completions.leave()
-        raise Refusal.busy(str(error)) from error
+        raise
     answer = Answer(service, stream, form, request)
     service.streams.add(stream)
     if not asked.stream:

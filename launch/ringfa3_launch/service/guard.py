@@ -93,8 +93,11 @@ class Guard:
         """
         headers, path, method = visit.headers, scope["path"], scope["method"]
         self._check_origin(headers, method)
-        if not any(path == each or (len(each) > 1 and each[-1] == "/" and path.startswith(each)) for each in OPEN):
-            self._check_token(headers)
+        scope["state"]["known"] = known = self._knows_token(headers)
+        if not known and not any(
+            path == each or (len(each) > 1 and each[-1] == "/" and path.startswith(each)) for each in OPEN
+        ):
+            raise Refusal(401, "Authorization: wanted Bearer and this server's token, got another", code="wrong_token")
         if self.draining.on and path not in ALWAYS:
             raise Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
         if method in ("POST", "PUT", "PATCH"):
@@ -114,13 +117,12 @@ class Guard:
         if method != "GET" and headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise Refusal(403, "Sec-Fetch-Site: wanted same-origin, got another site", code="origin")
 
-    def _check_token(self, headers: Headers) -> None:
+    def _knows_token(self, headers: Headers) -> bool:
         if self.access.token is None:
-            return
+            return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), self.access.token.encode())
-        if not same or scheme.lower() != "bearer":
-            raise Refusal(401, "Authorization: wanted Bearer and this server's token, got another", code="wrong_token")
+        return same and scheme.lower() == "bearer"
 
     def _check_body(self, headers: Headers, visit: Visit) -> None:
         if "transfer-encoding" in headers or "content-length" not in headers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
 NAMES = 64  # of a JSON object: more than any has fields
@@ -24,7 +24,22 @@ def _whole(text: str) -> str:
     return text
 
 
+def _below(ids: list[int]) -> list[int]:
+    """All at once: a prompt of 128K ids that are bounded one by one takes 8 ms more."""
+    if min(ids) < 0 or max(ids) >= 1 << 31:
+        raise ValueError("wanted token ids from 0 to 2147483647, got one outside")
+    return ids
+
+
 Text = Annotated[str, AfterValidator(_whole)]
+Ids = Annotated[
+    list[int],
+    Field(min_length=1, fail_fast=True),
+    AfterValidator(_below),
+    WithJsonSchema(
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1 << 31}}
+    ),
+]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
@@ -87,9 +102,7 @@ class Asked(Strict):
 class CompletionRequest(Asked):
     """POST /v1/completions."""
 
-    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Token], Field(min_length=1, fail_fast=True)] = Field(
-        description="text, or token ids"
-    )
+    prompt: Annotated[Text, Field(min_length=1)] | Ids = Field(description="text, or token ids")
     max_tokens: int | None = Field(None, ge=1, lt=1 << 31, description="default 16")
     echo: Literal[False] | None = Field(None, description="only false is served")
     best_of: Literal[1] | None = Field(None, description="only 1 is served")

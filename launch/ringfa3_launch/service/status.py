@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
@@ -69,11 +69,12 @@ def routes(service: Service) -> APIRouter:
         return Alive(live=True)
 
     @router.get("/ready", responses={503: {"model": ErrorBody}})
-    async def ready() -> Ready:
-        """A collective over all ranks was a moment ago, and the service is not ending."""
+    async def ready(request: Request) -> Ready:
+        """A collective over all ranks was a moment ago, and the service is not ending. Why not: with the token only."""
         why = await unready(service)
         if why is not None:
-            raise Refusal(503, f"not ready: {why}", code="not_ready", retry_after=1)
+            known = request.scope["state"]["known"]
+            raise Refusal(503, f"not ready: {why}" if known else "not ready", code="not_ready", retry_after=1)
         return Ready(ready=True)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
