@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DESCRIPTION = """\
 Answer one prompt. Its keys and values are sharded over the ranks: each prefills its part of every chunk and keeps what
-it computed; decode reads all of it. The answer goes to stdout as it comes, how fast that was to stderr."""
+it computed; decode reads all of it. With --tp N groups of N ranks share the weights and their heads. The answer goes to
+stdout as it comes, how fast that was to stderr."""
 
 EXAMPLES = """\
 examples:
@@ -34,6 +35,7 @@ examples:
   ringfa3 generate --model ~/llama --chat --prompt-file question.txt    a folder of transformers' format, or GGUF
   cat book.txt | ringfa3 generate --model ~/llama --prompt-file - --max-tokens 500 --temperature 0.7 --seed 1
   launch/torchrun.sh -m ringfa3_launch generate --model /models/llama --prompt-file book.txt
+  ringfa3 generate --model ~/llama-70b --ranks 8 --tp 4 --prompt-file book.txt   weights in 4 parts, the cache in 2 x 4
 
 exit status: 0 answered, 1 the model failed."""
 
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of sequence")
     where = parser.add_argument_group("where")
     where.add_argument("--ranks", type=int, metavar="N", help="processes of this machine (all GPUs; 2 on CPUs)")
+    where.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the weights (1)")
     where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where ranks run (auto)")
     where.add_argument("--dtype", choices=DTYPES, help="of weights and cache (GPU bf16, CPU fp32)")
     where.add_argument("--chunk", type=int, metavar="N", help="prompt tokens prefilled at once (GPU 8192, CPU 1024)")
@@ -102,6 +105,8 @@ def asked_from(args: argparse.Namespace, info: RankInfo | None) -> tuple[Asked, 
     world = info.world if info is not None else args.ranks if args.ranks is not None else gpus or 2
     if world < 1:
         raise ValueError(f"--ranks: wanted 1 or more, got {world}")
+    if args.tp < 1 or world % args.tp:
+        raise ValueError(f"--tp: wanted a divisor of the number of ranks, {world}, got {args.tp}")
     local_world = world if info is None else info.local_world
     if args.device == "cuda" and local_world > gpus:
         raise ValueError(f"--ranks: wanted at most {gpus}, the number of GPUs, got {local_world}")
@@ -119,7 +124,7 @@ def asked_from(args: argparse.Namespace, info: RankInfo | None) -> tuple[Asked, 
     chunk = args.chunk or (8192 if place == "cuda" else 1024)
     asked = Asked(
         folder, checkpoint.name, text, args.chat, args.system, sampling_of(args), dtype, chunk, args.page_size,
-        args.prefill, not args.no_graphs,
+        args.prefill, not args.no_graphs, args.tp,
     )  # fmt: skip
     return asked, world, place
 

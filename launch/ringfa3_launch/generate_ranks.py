@@ -32,6 +32,7 @@ class Asked:
         sampling: options of `ringfa3.inference.Sampling`.
         dtype: of weights and cache, as torch names it.
         chunk, page_size, prefill, graphs: see `Engine` and `Runner`; graphs only on GPUs.
+        tp: ranks that share the weights; divides their number.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Asked:
     page_size: int
     prefill: str
     graphs: bool
+    tp: int = 1
 
     def unpacked(self, scratch: Path) -> Asked:
         """The same with a plain folder in place of a GGUF file, which every rank would take half a minute to read."""
@@ -117,17 +119,21 @@ def respond(info: RankInfo, asked: Asked, outbox: connection.Connection | Tell |
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
     from ringfa3.inference import Announcer, Engine, Runner, load
 
     on_gpu = dist.get_backend() == "nccl"
     device = pick_device(info.local_rank, info.local_world, "cuda" if on_gpu else "cpu")
-    model, tokenizer = load(asked.folder, device=device, dtype=getattr(torch, asked.dtype))
+    cp = info.world // asked.tp
+    mesh = None if asked.tp == 1 else init_device_mesh(device.type, (cp, asked.tp), mesh_dim_names=("cp", "tp"))
+    model, tokenizer = load(asked.folder, device=device, dtype=getattr(torch, asked.dtype), group=mesh)
     ids = asked.ids(tokenizer)
-    pages = pages_for(len(ids), asked.sampling.max_tokens, info.world, asked.chunk, asked.page_size)
+    pages = pages_for(len(ids), asked.sampling.max_tokens, cp, asked.chunk, asked.page_size)
     runner = Runner(
-        model, pages=pages, page_size=asked.page_size, prefill=asked.prefill, graphs=on_gpu and asked.graphs
-    )
+        model, group=mesh, pages=pages, page_size=asked.page_size, prefill=asked.prefill,
+        graphs=on_gpu and asked.graphs,
+    )  # fmt: skip
     engine = Engine(runner, tokenizer, chunk=asked.chunk, announcer=Announcer(timeout=600.0))
     if info.rank > 0:
         engine.serve()

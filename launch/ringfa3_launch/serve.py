@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model-name", metavar="NAME", help="as requests name it (default: of the folder or file)")
     what.add_argument("--attention-only", action="store_true", help="no model")
     what.add_argument("--ranks", type=int, metavar="N", help="default: every GPU; 2 on CPUs")
+    what.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the model's weights (1)")
     what.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     what.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights")
     what.add_argument("--pages", type=int, metavar="N", help="pages of the cache a rank (default: what memory allows)")
@@ -129,6 +130,10 @@ def start(args: argparse.Namespace, folder: Path, gpus: int) -> Any:
     if args.attention_only and args.model:
         raise ValueError(f"--attention-only: wanted no --model beside it, got {args.model!r}")
     ranks = args.ranks or gpus or 2
+    if args.tp < 1 or ranks % args.tp:
+        raise ValueError(f"--tp: wanted a divisor of the number of ranks, {ranks}, got {args.tp}")
+    if args.attention_only and args.tp > 1:
+        raise ValueError(f"--attention-only: wanted no --tp beside it, got {args.tp}")
     options: dict[str, Any] = {"device": "cuda" if gpus else "cpu", "chunk": args.chunk}
     if not args.attention_only:
         checkpoint = Checkpoint.find(args.model)
@@ -138,7 +143,7 @@ def start(args: argparse.Namespace, folder: Path, gpus: int) -> Any:
         path, tokenizer = checkpoint.unpack(unpacked)
         if path == unpacked:
             tokenizer.save_pretrained(path)
-        options |= {"model": path, "dtype": args.dtype}
+        options |= {"model": path, "dtype": args.dtype, "tp": args.tp}
         if args.pages is not None:
             options["pages"] = args.pages
     print(f"ringfa3: starting {ranks} {'GPU' if gpus else 'CPU'} ranks ({args.launcher})", flush=True)

@@ -18,16 +18,18 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ringfa3 import shards
 from ringfa3.attention import ring_attention
 from ringfa3.cost.machine import Machine
+from ringfa3.errors import RankFailed
 from ringfa3.inference.cache import PagedCache
-from ringfa3.inference.chunk import WAYS, Chunk, Ranks, Way, cheaper
+from ringfa3.inference.chunk import WAYS, Chunk, Way, cheaper
 from ringfa3.inference.newest import Sent
 from ringfa3.inference.pages import Pages, Placed
+from ringfa3.inference.ranks import Ranks
+from ringfa3.layout import Dealing
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
 from ringfa3_kernels import Partial, Visible, attend, decode
@@ -125,10 +127,13 @@ class Prefill:
         if plan is None:
             plan = self._plans[mask] = self._chunk(mask).plan(self._ranks, self._device)
         k, v = self._keys(layer, mask)
-        out: Tensor = ring_attention(
-            q, k, v, plan=plan, group=self._ranks.group, scale=scale, softcap=softcap, sink_logits=sinks,
-            impl=self._impl,
-        )  # fmt: skip
+        try:
+            out: Tensor = ring_attention(
+                q, k, v, plan=plan, group=self._ranks.group, scale=scale, softcap=softcap, sink_logits=sinks,
+                impl=self._impl,
+            )  # fmt: skip
+        except RankFailed as failed:
+            raise self._ranks.failed(failed) from failed
         return out
 
     def _pass_q(
@@ -138,7 +143,7 @@ class Prefill:
         exchange = self._exchanges.get(mask)
         if exchange is None:
             exchange = self._exchanges[mask] = _Exchange.of(chunk, self._ranks, self._device)
-        rows = shards.gather(q, chunk.part, self._ranks.rank, 1, self._ranks.group)
+        rows = self._whole(q, chunk.part)
         if exchange.local is None:
             partial = Partial.empty(rows)
         else:
@@ -147,6 +152,15 @@ class Prefill:
             partial = attend(rows, k, v, visible, scale=scale, softcap=softcap, impl=self._impl)
         home = exchange.home(partial, self._ranks)
         return joined(home, sinks)[None].to(q.dtype) if home.shape[0] else torch.zeros_like(q)
+
+    def _whole(self, q: Tensor, part: Dealing) -> Tensor:
+        """The chunk's queries, in the order of positions. They travel padded: shards differ in length."""
+        ranks = self._ranks
+        mine = q.new_zeros(max(part.lengths), *q.shape[2:])
+        mine[: q.shape[1]] = q[0]
+        parts = q.new_empty(ranks.world, *mine.shape)
+        ranks.all_gather(parts, mine)
+        return shards.join([each[:length] for each, length in zip(parts, part.lengths, strict=True)], part, 0)[None]
 
     def _keys(self, layer: int, mask: Mask) -> tuple[Tensor, Tensor]:
         """This rank's cached keys and values [1, n, Hkv, D], those left out that the chunk skips."""
@@ -190,7 +204,7 @@ class Decode:
         packed = _packed(mine)[None]
         if self._ranks.world > 1:
             packed, own = packed.new_empty(self._ranks.world, *packed.shape[1:]), packed
-            shards.all_gather(packed.view(-1), own.view(-1), group=self._ranks.group)
+            self._ranks.all_gather(packed, own)
         return joined(packed, sinks).to(q.dtype)
 
 
@@ -245,6 +259,6 @@ class _Exchange:
         """The Partials of this rank's rows, of all ranks whose keys they see, in rank order: [W, n, Hq, D + 1]."""
         packed = _packed(partial)[0, self.order]
         arrived = packed.new_empty(sum(self.received), *packed.shape[1:])
-        dist.all_to_all_single(arrived, packed, self.received, self.sent, group=ranks.group)
+        ranks.all_to_all(arrived, packed, self.received, self.sent)
         senders = sum(rows > 0 for rows in self.received)
         return arrived.view(senders, max(self.received), *arrived.shape[1:])

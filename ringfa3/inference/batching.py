@@ -181,7 +181,7 @@ class Batching:
             self.fail(f"{type(error).__name__}: {error}")
             raise
         if self.leads:
-            self._sample(prefilled, decoded)
+            self._lead(prefilled, decoded)
 
     def fail(self, reason: str) -> None:
         """The ranks cannot go on: every request ends with "error", and no more are taken. By the loop's thread."""
@@ -192,17 +192,15 @@ class Batching:
             self._news.set()
         self._tell()
 
-    def _sample(self, prefilled: Tensor | None, decoded: Tensor | None) -> None:
-        """Choose the tokens that follow from a step, and tell."""
+    def _lead(self, prefilled: Tensor | None, decoded: Tensor | None) -> None:
+        """Choose the tokens that follow from a step, and tell; unless the ranks turn out to have failed."""
         step, self._step = self._step, Step()
-        requests: list[Request] = []
-        tokens: list[int | None] = []
-        if prefilled is not None and step.prefill is not None and step.prefill[0].missing == 0:
-            requests.append(step.prefill[0])
-            tokens += self._choose(requests, prefilled.unsqueeze(0))
-        if decoded is not None:
-            requests += step.decode
-            tokens += self._choose(step.decode, decoded)
+        try:
+            requests, tokens = self._sample(step, prefilled, decoded)
+            self.runner.check()
+        except BaseException as error:
+            self.fail(f"{type(error).__name__}: {error}")
+            raise
         with self._lock:
             self._used = self._pages_used()
             self._counters.steps += step.prefill is not None or bool(step.decode)
@@ -211,6 +209,20 @@ class Batching:
             for request, token in zip(requests, tokens, strict=True):
                 self._take(self._answers[request.number], token, now)
         self._tell()
+
+    def _sample(
+        self, step: Step, prefilled: Tensor | None, decoded: Tensor | None
+    ) -> tuple[list[Request], list[int | None]]:
+        """The requests that get a token by this step, and these tokens."""
+        requests: list[Request] = []
+        tokens: list[int | None] = []
+        if prefilled is not None and step.prefill is not None and step.prefill[0].missing == 0:
+            requests.append(step.prefill[0])
+            tokens += self._choose(requests, prefilled.unsqueeze(0))
+        if decoded is not None:
+            requests += step.decode
+            tokens += self._choose(step.decode, decoded)
+        return requests, tokens
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[int | None]:
         answers = [self._answers[request.number] for request in requests]  # which only this thread takes out

@@ -7,13 +7,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ringfa3 import shards
 from ringfa3.cost.machine import Machine
 from ringfa3.hops import Needs, hops_of, needs_of
 from ringfa3.inference.pages import Pages, Placed
+from ringfa3.inference.ranks import Ranks
 from ringfa3.layout import Dealing, Ints32, Layout, Run, deal
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
@@ -21,26 +20,6 @@ from ringfa3_kernels import Visible
 
 Way = Literal["pass-kv", "pass-q"]
 WAYS = ("auto", "pass-kv", "pass-q")
-
-
-@dataclass(frozen=True, eq=False)
-class Ranks:
-    """The ranks that share the cache, as one of them sees them.
-
-    Args:
-        group: their process group; None: the default one, or none at all (world 1).
-        world: how many they are.
-        rank: this one.
-    """
-
-    group: dist.ProcessGroup | None
-    world: int
-    rank: int
-
-    @classmethod
-    def of(cls, group: shards.Group = None) -> Ranks:
-        """All ranks of the group; alone without torch.distributed."""
-        return cls(*shards.members(group))
 
 
 @dataclass(frozen=True, eq=False)

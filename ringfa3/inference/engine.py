@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-import torch.distributed as dist
-
 from ringfa3.inference.announce import Announcer
 from ringfa3.inference.batching import Batching, Busy
 from ringfa3.inference.events import Completion, Event
 from ringfa3.inference.orders import Model
+from ringfa3.inference.ranks import Axes
 from ringfa3.inference.sampling import Sampling
 from ringfa3.inference.text import Tokenizer, Transcript
+from ringfa3.shards import Group
 
 __all__ = ["Busy", "Engine"]
 
@@ -29,7 +29,9 @@ class Engine(Batching):
     A session's sequence stays in the cache after a request; the next one continues it after the longest common
     beginning. When pages are needed, idle sessions are forgotten, the least recently used first: their next request is
     prefilled from its first token (cached_tokens tells), and is none the wiser otherwise. Requests of one session are
-    answered one after the other.
+    answered one after the other. Where all layers of the model have windows, what no later token would see is forgotten
+    at once: prompts may be longer than the cache, and a session whose next prompt does not go on where it ended is
+    prefilled from its first token, too.
 
     A request without such a sequence that begins like another one, under way or idle, takes that one's pages (a fork)
     instead of computing them again; one that comes while the other's prompt is prefilled waits for it. So of n requests
@@ -43,7 +45,7 @@ class Engine(Batching):
         max_waiting: requests in the queue.
         share: False: no forks.
         eos: tokens that end an answer; None: those of the model's generation config, else the tokenizer's.
-        group: the ranks; None: all of them.
+        group: the ranks, as the runner's; None: all of them.
         announcer: whose `timeout` bounds waits of `serve`; None: a new one.
     """
 
@@ -57,10 +59,10 @@ class Engine(Batching):
         max_waiting: int = 256,
         share: bool = True,
         eos: Iterable[int] | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         announcer: Announcer | None = None,
     ) -> None:
-        self.announcer = Announcer(group) if announcer is None else announcer
+        self.announcer = Announcer(Axes.of(group).all.group) if announcer is None else announcer
         super().__init__(
             runner,
             tokenizer,

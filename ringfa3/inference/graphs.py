@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ringfa3.inference.attend import Decode
 from ringfa3.inference.cache import PagedCache
-from ringfa3.inference.chunk import Ranks
 from ringfa3.inference.model import Paged
 from ringfa3.inference.newest import Form, Newest
+from ringfa3.inference.ranks import Ranks
 
 
 class Graphs:

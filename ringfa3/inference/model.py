@@ -9,7 +9,7 @@ are no neighbours.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,11 @@ from transformers import (
 )
 
 from ringfa3.inference.attend import Step
+from ringfa3.inference.ranks import Axes
+from ringfa3.inference.tensor import split
 from ringfa3.integrations.transformers import HARMLESS, rules
 from ringfa3.mask import Mask
+from ringfa3.shards import Group
 from ringfa3_kernels import Unsupported
 
 NAME = "ringfa3-paged"  # the attn_implementation
@@ -54,7 +57,9 @@ class Sight:
     step: Step
 
 
-def load(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load(
+    path: str | Path, *, device: torch.device | str, dtype: torch.dtype, group: Group = None
+) -> tuple[PreTrainedModel, Any]:
     """A causal LM and its tokenizer, from files alone.
 
     Args:
@@ -62,13 +67,15 @@ def load(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) ->
             of half a minute to read: its vocabulary is parsed in Python).
         device: where the weights go.
         dtype: of weights and activations.
+        group: a DeviceMesh with the axes cp and tp: along tp each rank keeps its slice of the weights. All of them are
+            read into the host's memory first. Any other group: the weights are whole.
 
     Returns:
         The model, and its tokenizer (None where the folder has none).
 
     Raises:
         ValueError: there is no model; says what was wanted.
-        Unsupported: it is none of the models that `served` names.
+        Unsupported: it is none of the models that `served` names, or its weights cannot be shared by so many.
     """
     folder, gguf = _found(Path(path))
     files = {} if gguf is None else {"gguf_file": gguf}
@@ -78,6 +85,7 @@ def load(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) ->
     if gguf is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the file's: the weights are not quantised any more
     served(model.config)
+    split(model, Axes.of(group).tensor)
     return model.to(device).eval(), load_tokenizer(path)
 
 
@@ -119,6 +127,16 @@ def longest(config: PreTrainedConfig) -> int:
         if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings")
     ]
     return max([int(config.max_position_embeddings), *stretched])
+
+
+def reach(masks: Iterable[Mask]) -> int | None:
+    """How many positions before its own a token sees at most, in layers of these masks; None: all, in some of them."""
+    limits = []
+    for mask in masks:
+        window = -1 if mask.window is None else mask.window[0]
+        seen = [n for n in (window, -1 if mask.chunk is None else mask.chunk - 1) if n >= 0]
+        limits.append(min(seen, default=-1))
+    return max(limits) if limits and min(limits) >= 0 else None
 
 
 class Paged:

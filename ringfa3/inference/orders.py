@@ -52,6 +52,10 @@ class Model(Protocol):
         """Append the same number of tokens to each sequence; fp32 logits [B, n, vocab]."""
         ...
 
+    def check(self) -> None:
+        """Raise where the ranks are known to have failed: what was computed meanwhile is worth nothing."""
+        ...
+
 
 def perform(model: Model, order: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Do it.

@@ -7,7 +7,6 @@ and a full rank is seen by all. Local keys ascend by position: a sequence only g
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ringfa3.inference.share import Share
 from ringfa3.layout import Run, deal, resolve
 
 Ints32 = NDArray[np.int32]
@@ -72,17 +72,23 @@ class Pages:
 
     A fork shares its parent's pages. Who appends to a page that is partly filled and shared gets a copy of it.
 
+    Where no layer sees further back than `reach`, `trim` forgets what no later token will see, in whole pages. A rank's
+    table, runs and local counts are of what it keeps; lengths and positions count from the sequence's first token.
+
     Args:
         world: number of ranks.
         pages: pages on each of them.
         page_size: tokens in a page.
+        reach: how many positions before its own a token sees at most, in any layer; None: all.
     """
 
-    def __init__(self, world: int, pages: int, page_size: int) -> None:
+    def __init__(self, world: int, pages: int, page_size: int, *, reach: int | None = None) -> None:
         for name, value in (("world", world), ("pages", pages), ("page_size", page_size)):
             _check_int(name, value, 1)
-        self.world, self.pages, self.page_size = world, pages, page_size
-        self._sequences: dict[int, list[_Share]] = {}  # a share per rank
+        if reach is not None:
+            _check_int("reach", reach, 0)
+        self.world, self.pages, self.page_size, self.reach = world, pages, page_size, reach
+        self._sequences: dict[int, list[Share]] = {}  # a share per rank
         self._free = [list(range(pages - 1, -1, -1)) for _ in range(world)]  # stacks: page 0 goes first
         self._references = [np.zeros(pages, np.int32) for _ in range(world)]  # tables that hold the page
 
@@ -94,7 +100,7 @@ class Pages:
     def create(self, sequence: int) -> None:
         """Begin an empty sequence; takes no pages. Raises ValueError where there is one of that number."""
         self._new(sequence)
-        self._sequences[sequence] = [_Share() for _ in range(self.world)]
+        self._sequences[sequence] = [Share() for _ in range(self.world)]
 
     def fork(self, parent: int, child: int) -> None:
         """Begin a sequence with the parent's tokens, in the same pages; takes none. Raises ValueError as `create`."""
@@ -110,16 +116,53 @@ class Pages:
             self._give_back(rank, share.table)
         del self._sequences[sequence]
 
+    def trim(self, sequence: int) -> None:
+        """Forget what no later token of the sequence will see; whole pages of it are given back.
+
+        The sequence cannot be cut much shorter after that, see `cuts`. Raises ValueError for an unknown one.
+        """
+        shares = self._shares(sequence)
+        if self.reach is None:
+            return
+        seen = self.length(sequence) - self.reach
+        for rank, share in enumerate(shares):
+            blocks = share.below(seen) // self.page_size
+            if blocks > 0:
+                share.drop(blocks * self.page_size)
+                self._give_back(rank, share.table[:blocks])
+                del share.table[:blocks]
+
+    def cuts(self, sequence: int, length: int, *, grown: int = 0) -> bool:
+        """Whether all that the tokens after the first `length` will see is kept, so that a truncation may go there.
+
+        Args:
+            grown: asked of the sequence as it will be with so many tokens more, and trimmed.
+
+        Raises:
+            ValueError: the sequence is unknown.
+        """
+        floor = max(share.floor for share in self._shares(sequence))
+        if self.reach is None or length == 0:
+            return True
+        if grown:
+            floor = max(floor, self.length(sequence) + grown - self.reach)
+        return floor <= max(0, length - self.reach)
+
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens; whole pages past them are given back.
 
         Raises:
-            ValueError: the sequence is unknown, or shorter than that.
+            ValueError: the sequence is unknown, or shorter than that, or what would be seen then is forgotten.
         """
         shares = self._shares(sequence)
         held = self.length(sequence)
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= held:
             raise ValueError(f"length: wanted at most the {held} tokens of sequence {sequence}, got {length!r}")
+        if length < held and not self.cuts(sequence, length):
+            raise ValueError(
+                f"length: wanted 0, or the {held} tokens of sequence {sequence} less a few: what token {length} sees "
+                f"is forgotten, got {length}"
+            )
         for rank, share in enumerate(shares):
             share.truncate(length)
             kept = -(-share.length // self.page_size)
@@ -154,8 +197,8 @@ class Pages:
         return all(wanted <= len(free) for wanted, free in zip(self._wanted(hands), self._free, strict=True))
 
     def length(self, sequence: int) -> int:
-        """Tokens of a sequence, on all ranks together."""
-        return sum([share.length for share in self._shares(sequence)])
+        """Tokens of a sequence, on all ranks together, with those that are forgotten."""
+        return sum([share.length + share.dropped for share in self._shares(sequence)])
 
     def used(self, rank: int) -> int:
         """Pages that some sequence holds on that rank."""
@@ -176,7 +219,7 @@ class Pages:
         return [(start, start + (size - 1) * step + 1, step) for start, size, step in runs]
 
     def positions(self, rank: int, sequence: int) -> Ints64:
-        """The positions that rank keeps, ascending: int64 [n]."""
+        """The positions that rank keeps, ascending: int64 [n]. Without those that are forgotten."""
         return _positions(self.runs(rank, sequence))
 
     def local_length(self, rank: int, sequence: int) -> int:
@@ -249,17 +292,22 @@ class Pages:
                 )
             if sorted(free) != np.flatnonzero(counted == 0).tolist():
                 raise RuntimeError(f"rank {rank}: its free pages are not those that no table holds")
-        for sequence in self._sequences:
-            held = [self.positions(rank, sequence) for rank in range(self.world)]
-            if not np.array_equal(np.sort(np.concatenate(held)), np.arange(self.length(sequence))):
+        for sequence, shares in self._sequences.items():
+            held = np.sort(np.concatenate([self.positions(rank, sequence) for rank in range(self.world)]))
+            length, floor = self.length(sequence), max(share.floor for share in shares)
+            if not np.array_equal(held[held >= floor], np.arange(min(floor, length), length)):
                 raise RuntimeError(f"sequence {sequence}: its ranks do not keep each position once")
+            if (np.diff(held) == 0).any() or held.size != length - sum(share.dropped for share in shares):
+                raise RuntimeError(f"sequence {sequence}: what its ranks have forgotten does not add up")
+            if floor > 0 and (self.reach is None or floor > length - self.reach):
+                raise RuntimeError(f"sequence {sequence}: what its next token sees is forgotten, from {floor} down")
 
     def _new(self, sequence: int) -> None:
         _check_int("sequence", sequence, 0)
         if sequence in self._sequences:
             raise ValueError(f"sequence: wanted a number not in use, got {sequence}")
 
-    def _shares(self, sequence: int) -> list[_Share]:
+    def _shares(self, sequence: int) -> list[Share]:
         try:
             return self._sequences[sequence]
         except (KeyError, TypeError):
@@ -338,67 +386,6 @@ class Pages:
         pages, references = _ints(table), self._references[rank]
         references[pages] -= 1
         self._free[rank] += pages[references[pages] == 0][::-1].tolist()
-
-
-class _Share:
-    """What one rank keeps of one sequence: runs of positions (start, step, size; how many before it) and pages."""
-
-    __slots__ = ("before", "length", "sizes", "starts", "steps", "table")
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.starts: list[int] = []
-        self.steps: list[int] = []
-        self.sizes: list[int] = []
-        self.before: list[int] = []
-        self.table = array("i")
-
-    def copy(self) -> _Share:
-        other = _Share()
-        other.length = self.length
-        for name in ("starts", "steps", "sizes", "before", "table"):
-            setattr(other, name, getattr(self, name)[:])
-        return other
-
-    def extend(self, run: Run) -> None:
-        """Enter positions past the last one; as part of the last run, where that goes on in equal steps."""
-        start, stop, step = run
-        size = -(-(stop - start) // step)
-        if self.sizes:
-            gap = start - (self.starts[-1] + (self.sizes[-1] - 1) * self.steps[-1])
-            if (gap == self.steps[-1] or self.sizes[-1] == 1) and (gap == step or size == 1):
-                self.steps[-1] = gap
-                self.sizes[-1] += size
-                self.length += size
-                return
-        self.starts.append(start)
-        self.steps.append(step)
-        self.sizes.append(size)
-        self.before.append(self.length)
-        self.length += size
-
-    def below(self, position: int) -> int:
-        """How many lie below that position."""
-        run = bisect_left(self.starts, position) - 1
-        if run < 0:
-            return 0
-        inside = -((self.starts[run] - position) // self.steps[run])
-        return self.before[run] + min(inside, self.sizes[run])
-
-    def truncate(self, position: int) -> None:
-        """Forget that position and all after it; the table stays."""
-        self.length = self.below(position)
-        runs = bisect_left(self.starts, position)
-        for column in (self.starts, self.steps, self.sizes, self.before):
-            del column[runs:]
-        if runs:
-            self.sizes[-1] = self.length - self.before[-1]
-
-    def audit(self, name: str, page_size: int) -> None:
-        if self.before != np.cumsum([0, *self.sizes]).tolist()[:-1] or self.length != sum(self.sizes):
-            raise RuntimeError(f"{name}: its runs do not add up to {self.length} tokens")
-        if len(self.table) != -(-self.length // page_size):
-            raise RuntimeError(f"{name}: {len(self.table)} pages for {self.length} tokens")
 
 
 def _ints(table: array[int]) -> Ints32:

@@ -7,6 +7,9 @@
 
 Every rank calls the same methods with the same arguments in the same order, as it does with `ring_attention`. Each
 holds the whole model; of a chunk it computes its share of the rows, and of decode steps everything but attention.
+
+On a mesh cp x tp the ranks along tp share the weights of the model, and with them its heads: each holds a slice (see
+`ringfa3.inference.tensor`), and of the cache the keys and values of its heads, by position shared with those along cp.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,11 +31,13 @@ from ringfa3.gang import Gang
 from ringfa3.hops import LONGEST
 from ringfa3.inference.attend import Decode, Prefill
 from ringfa3.inference.cache import PagedCache
-from ringfa3.inference.chunk import WAYS, Ranks
+from ringfa3.inference.chunk import WAYS
 from ringfa3.inference.graphs import Graphs
-from ringfa3.inference.model import Paged
+from ringfa3.inference.model import Paged, reach
 from ringfa3.inference.newest import Form, Newest
 from ringfa3.inference.pages import Pages, Placed
+from ringfa3.inference.ranks import Axes
+from ringfa3.inference.tensor import sharing, split
 from ringfa3.shards import Group
 from ringfa3_kernels import Visible, attend, decode
 
@@ -44,8 +48,10 @@ class Runner:
     """A model, its cache, and the ranks that share it.
 
     Args:
-        model: a causal LM that `ringfa3.inference.model.served` allows, alike on all ranks, on this rank's device.
-        group: the ranks; None: all of them (one, without torch.distributed).
+        model: a causal LM that `ringfa3.inference.model.served` allows, alike on all ranks, on this rank's device. On a
+            mesh with tp, of `load` with that mesh; or whole: then it is cut in place.
+        group: the ranks; None: all of them (one, without torch.distributed). A 2-D DeviceMesh with the axes cp and tp:
+            the cache is shared along cp, the weights along tp.
         memory: bytes of this rank's cache, which is allocated at once; alike on all ranks.
         pages: instead of memory, how many pages of the cache each rank has.
         page_size: tokens in a page.
@@ -55,14 +61,15 @@ class Runner:
 
     Attributes:
         model: as given.
-        pages: the accounting, alike on all ranks.
+        pages: the accounting, alike on all ranks; its world are the ranks along cp.
         cache: this rank's keys and values.
         vocab: number of token ids.
-        max_length: tokens that a sequence can have: what the model was made for, at most what all pages hold.
+        max_length: tokens that a sequence can have: what the model was made for, and where some layer sees all of them
+            at most what all pages hold.
 
     Raises:
         ValueError: an argument is wrong, or ranks differ; names it, what was wanted and what came.
-        Unsupported: the model is none that can be served; says why.
+        Unsupported: the model is none that can be served, or its weights cannot be shared by so many; says why.
     """
 
     def __init__(
@@ -81,29 +88,34 @@ class Runner:
             raise ValueError(f"prefill: wanted one of {', '.join(map(repr, WAYS))}, got {prefill!r}")
         if (memory is None) == (pages is None):
             raise ValueError(f"memory: wanted either it or pages, got memory={memory!r} and pages={pages!r}")
+        axes = Axes.of(group)
+        shared = sharing(model) if isinstance(model, PreTrainedModel) else None
+        if shared is not None and shared.numbers != axes.tensor.numbers:
+            raise ValueError(f"group: wanted the mesh that the model was cut for, got tp {axes.tensor.world}")
+        if isinstance(model, PreTrainedModel) and shared is None:
+            split(model, axes.tensor)
         self.model, self._model = model, Paged(model)
-        self._ranks = Ranks.of(group)
+        self._ranks, self._everyone, self._tensor = axes.cache, axes.all, shared or axes.tensor
         self._way, self._impl = prefill, impl
         sizes = {"layers": self._model.layers, "kv_heads": self._model.kv_heads, "head_dim": self._model.head_dim}
         dtype, device = self._model.dtype, self._model.device
         if pages is None:
             assert memory is not None
             pages = PagedCache.pages_within(memory, **sizes, page_size=page_size, dtype=dtype)
-        self.pages = Pages(self._ranks.world, pages, page_size)
+        self.pages = Pages(self._ranks.world, pages, page_size, reach=reach(self._model.masks))
         if (pages + 1) * page_size > LONGEST:
             raise ValueError(f"pages: wanted fewer than {LONGEST} tokens on a rank, got {pages} pages of {page_size}")
         self._rehearse()
         self._agreement: Agreement | None = None
-        if self._ranks.world > 1:
-            gang = Gang.of(self._ranks.group)
-            self._agreement = gang.agreement()
-            gang.watch(self._agreement).follow(gang, range(self._ranks.world))
+        if self._everyone.world > 1:
+            self._agreement = self._watched()
         same = {**sizes, "pages": pages, "page_size": page_size, "dtype": dtype, "prefill": prefill, "graphs": graphs}
         self._agree((("call", "Runner"), *same.items()))
         self.cache = PagedCache(**sizes, pages=pages, page_size=page_size, dtype=dtype, device=device)
         self._graphs = Graphs(self._model, self.cache, self._ranks, impl=impl) if graphs else None
         self.vocab = self._model.vocab
-        self.max_length = min(self._model.longest, self._ranks.world * pages * page_size)
+        room = self._ranks.world * pages * page_size
+        self.max_length = self._model.longest if self.pages.reach is not None else min(self._model.longest, room)
 
     def create(self, seq: int) -> None:
         """Begin an empty sequence. Raises ValueError where there is one of that number."""
@@ -118,7 +130,12 @@ class Runner:
         self.pages.free(seq)
 
     def truncate(self, seq: int, n: int) -> None:
-        """Keep a sequence's first n tokens. Raises ValueError where it is unknown or shorter."""
+        """Keep a sequence's first n tokens.
+
+        Raises:
+            ValueError: it is unknown or shorter, or, in a model whose layers all have windows, what token n sees is
+                not cached any more (see `Pages.cuts`); 0 is always right.
+        """
         self.pages.truncate(seq, n)
 
     def prefill(self, seq: int, ids: Sequence[int]) -> Tensor:
@@ -170,6 +187,28 @@ class Runner:
             form = Form.of(newest)
             sent = form.unpack(form.pack(tokens, newest, self.cache.scratch).to(self._model.device))
             return self._model(Decode(self.cache, self._ranks, sent, impl=self._impl), sent.ids, sent.positions)
+
+    def check(self) -> None:
+        """Raise RankFailed where a rank is known to have failed.
+
+        On a GPU a call returns before the device is through with it; where that was ended because a rank failed, its
+        logits are garbage. So whoever has read logits asks this before he believes them.
+        """
+        if self._agreement is not None:
+            self._agreement.check()
+
+    def _watched(self) -> Agreement:
+        """The agreement of all ranks, whose watch looks at everything that they do together."""
+        gang = Gang.of(self._everyone.group)
+        agreement = gang.agreement()
+        watch = gang.watch(agreement)
+        watch.follow(gang, range(self._everyone.world))
+        for ranks in dict.fromkeys((self._ranks, self._tensor)):
+            if ranks.world > 1:
+                watch.follow(ranks, ranks.numbers)
+        if self._ranks is not self._everyone and self._ranks.world > 1:
+            watch.follow(Gang.of(self._ranks.group), self._ranks.numbers)
+        return agreement
 
     def _checked(self, call: str, seqs: Sequence[int], ids: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
         """The tokens of each sequence, if all ranks were given the same and it is right.
@@ -225,8 +264,11 @@ class Runner:
         """
         placed = self.pages.append_all(counts)
         try:
-            self.cache.copy(pair for each in placed.values() for pair in each.copies[self._ranks.rank])
-            yield placed
+            with self._ranks.step(self._model.device), self._tensor.step(self._model.device):
+                self.cache.copy(pair for each in placed.values() for pair in each.copies[self._ranks.rank])
+                yield placed
+            for seq in placed:
+                self.pages.trim(seq)
         except BaseException as error:
             for seq, each in placed.items():
                 self.pages.truncate(seq, each.start)
@@ -260,7 +302,7 @@ class Runner:
         if self._ranks.rank != owner:
             logits = logits.new_empty(1, self.vocab)
         if self._ranks.world > 1:
-            dist.broadcast(logits, group=self._ranks.group, group_src=owner)
+            self._ranks.broadcast(logits, owner)
         return logits[0]
 
 

@@ -7,6 +7,9 @@ first, then the youngest request goes back to the front of the queue: its tokens
 
 Pages are given back by an order of its own before anything is planned that needs them, so `Pages.fits` is always asked
 about what really is.
+
+Where all layers have windows a sequence keeps what its next tokens see, and no more: a request goes on from the
+beginning that it has in common with a session or another request only where `Pages.cuts` says that it can.
 """
 
 from __future__ import annotations
@@ -146,6 +149,11 @@ class Scheduler:
         chunks, rest = divmod(total, self.chunk)
         worst = chunks * _share(self.chunk, self.pages.world) + _share(rest, self.pages.world)
         worst += 3 * (self.pages.world > 1)  # answers are dealt one by one after a last chunk that was not even
+        if self.pages.reach is not None:  # that, a chunk that begins before it, a new one, and pages begun
+            kept = (self.pages.reach // self.chunk + 3) * _share(
+                self.chunk, self.pages.world
+            ) + 2 * self.pages.page_size
+            worst = min(worst, kept)
         return worst, self.pages.pages * self.pages.page_size
 
     def add(self, request: Request, session: str | None = None) -> None:
@@ -245,17 +253,22 @@ class Scheduler:
                 return False
             request.awaited = None
         for other in self.active:
-            if not other.decodes:
+            if not other.decodes and self._lasts(other):
                 wanted = min(_common(other.tokens, request.tokens, self._worth), len(request.tokens) - 1)
                 if wanted - other.held >= self._worth:
                     request.awaited = other, wanted
                     return False
         return True
 
+    def _lasts(self, request: Request) -> bool:
+        """Whether another request can begin as its fork when all of its tokens are held."""
+        return self.pages.reach is None or len(request.tokens) <= self.pages.reach
+
     def _needs(self, request: Request) -> int:
         """Tokens to find room for, so that whoever is let in gets on for a while before pages run out."""
         answers = request.most - (len(request.tokens) - request.prompt) - 1  # but the last, which is never held
-        return request.missing + min(answers, self.pages.page_size * self.pages.world)
+        needs = request.missing + min(answers, self.pages.page_size * self.pages.world)
+        return needs if self.pages.reach is None else min(needs, self.pages.reach + self.chunk)
 
     def _prepare(self, request: Request, step: Step) -> None:
         """Give a waiting request its session's sequence, cut to what it begins with; or a fork of another; or its own.
@@ -266,7 +279,8 @@ class Scheduler:
         if session is not None:
             session.owner = request
             if session.sequence is not None:
-                request.held = min(_common(session.tokens, request.tokens), most)
+                same = min(_common(session.tokens, request.tokens), most)
+                request.held = same if self.pages.cuts(session.sequence, same) else 0
                 request.sequence, request.inherited = session.sequence, request.held > 0
                 if request.held < len(session.tokens):
                     step.truncate.append((session.sequence, request.held))
@@ -274,18 +288,25 @@ class Scheduler:
                 return
         request.sequence = self._sequences
         self._sequences += 1
-        there = [(each.tokens, len(each.tokens), each.sequence) for each in self._idle()]
-        there += [(each.tokens, each.held, each.sequence) for each in self.active]
-        same = [min(_common(tokens, request.tokens, self._worth), held, most) for tokens, held, _ in there]
-        best = max(range(len(there)), key=same.__getitem__, default=None)
-        if best is None or same[best] < self._worth or request.dropped:
+        there = [(each.tokens, len(each.tokens), each.sequence, 0) for each in self._idle()]
+        # by the time of the fork the step's tokens are there
+        there += [(each.tokens, each.held, each.sequence, min(each.missing, self.chunk)) for each in self.active]
+        shared = [self._same(request, *parent) for parent in there]
+        best = max(range(len(there)), key=shared.__getitem__, default=None)
+        if best is None or shared[best] < self._worth or request.dropped:
             step.create.append(request.sequence)
             return
         parent = there[best][2]
         assert parent is not None
-        request.held, request.inherited = same[best], True
+        request.held, request.inherited = shared[best], True
         step.fork.append((parent, request.sequence))
         step.truncate.append((request.sequence, request.held))  # the parent may hold more, after this step at least
+
+    def _same(self, request: Request, tokens: list[int], held: int, sequence: int | None, grown: int) -> int:
+        """How many tokens a fork of that sequence, which will have grown, can begin with for this request."""
+        same = min(_common(tokens, request.tokens, self._worth), held, len(request.tokens) - 1)
+        assert sequence is not None
+        return same if same < self._worth or self.pages.cuts(sequence, same, grown=grown) else 0
 
     def _idle(self) -> list[Session]:
         """Sessions that hold pages which no request has: closed ones too, where requests of theirs wait."""

@@ -25,3 +25,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder, tokenizer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of these tests alone: given beside a path to them."""
+    parser.addoption("--long-prompts", action="store_true", help="also what takes minutes: prompts of up to 8K tokens")

@@ -16,9 +16,10 @@ from ringfa3 import Mask
 from ringfa3.cost.machine import Link, Machine
 from ringfa3.inference.attend import Decode, Prefill, joined
 from ringfa3.inference.cache import PagedCache
-from ringfa3.inference.chunk import Chunk, Ranks, _runs, cheaper
+from ringfa3.inference.chunk import Chunk, _runs, cheaper
 from ringfa3.inference.newest import Form, Newest
 from ringfa3.inference.pages import Pages
+from ringfa3.inference.ranks import Ranks
 
 HQ, HKV, D, PAGE = 6, 2, 16, 4
 MASKS = (Mask(), Mask(window=(9, 0)), Mask(window=(2, 0)), Mask(chunk=8))

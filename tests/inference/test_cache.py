@@ -25,9 +25,11 @@ def cache(pages=6, page_size=4, dtype=torch.float32):
 class Held:
     """Pages and every rank's cache, beside a plain model: a list of numbers a sequence, copied for a fork."""
 
-    def __init__(self, world, pages, page_size):
-        self.pages = Pages(world, pages, page_size)
-        self.roomy = Pages(world, 2000, page_size)  # the same schedule, with room for all of it
+    def __init__(self, world, pages, page_size, reach=None):
+        self.pages = Pages(world, pages, page_size, reach=reach)
+        self.roomy = Pages(world, 2000, page_size, reach=reach)  # the same schedule, with room for all of it
+        self.dealt = {}  # of each sequence and rank, all positions; and how many of them are forgotten
+        self.gone = {}
         self.caches = [cache(pages, page_size) for _ in range(world)]
         for each in self.caches:
             each.k.fill_(torch.nan)
@@ -45,6 +47,8 @@ class Held:
         for books in (self.pages, self.roomy):
             books.create(sequence)
         self.model[sequence] = []
+        self.dealt[sequence] = [[] for _ in range(self.pages.world)]
+        self.gone[sequence] = [0] * self.pages.world
         return sequence
 
     def fork(self, parent):
@@ -52,12 +56,38 @@ class Held:
         for books in (self.pages, self.roomy):
             books.fork(parent, child)
         self.model[child] = list(self.model[parent])
+        self.dealt[child] = [list(each) for each in self.dealt[parent]]
+        self.gone[child] = list(self.gone[parent])
         return child
 
     def truncate(self, sequence, length):
+        """Whether it may be cut there: iff what its next token will see is kept."""
+        reach = self.pages.reach
+        forgotten = [
+            p for dealt, gone in zip(self.dealt[sequence], self.gone[sequence], strict=True) for p in dealt[:gone]
+        ]
+        may = length == 0 or reach is None or all(p < length - reach for p in forgotten)
+        assert self.pages.cuts(sequence, length) == may
+        if not may:
+            with pytest.raises(ValueError, match="is forgotten"):
+                self.pages.truncate(sequence, length)
+            return False
         for books in (self.pages, self.roomy):
             books.truncate(sequence, length)
         del self.model[sequence][length:]
+        self.dealt[sequence] = [[p for p in each if p < length] for each in self.dealt[sequence]]
+        if length == 0:
+            self.gone[sequence] = [0] * self.pages.world
+        return True
+
+    def trim(self, sequence):
+        for books in (self.pages, self.roomy):
+            books.trim(sequence)
+        if self.pages.reach is None:
+            return
+        seen, size = len(self.model[sequence]) - self.pages.reach, self.pages.page_size
+        for rank, dealt in enumerate(self.dealt[sequence]):
+            self.gone[sequence][rank] = max(self.gone[sequence][rank], sum(p < seen for p in dealt) // size * size)
 
     def free(self, sequence):
         for books in (self.pages, self.roomy):
@@ -85,6 +115,7 @@ class Held:
             self.model[sequence] += range(self.tokens, self.tokens + each.count)
             self.tokens += each.count
             for rank in world:
+                self.dealt[sequence][rank] += each.positions[rank].tolist()
                 self.write(rank, sequence, each.positions[rank], each.slots[rank])
         return True
 
@@ -106,6 +137,7 @@ class Held:
             assert self.pages.length(sequence) == len(tokens)
             for rank, own in enumerate(self.caches):
                 positions = self.pages.positions(rank, sequence)
+                assert positions.tolist() == self.dealt[sequence][rank][self.gone[sequence][rank] :]
                 table = torch.tensor(self.pages.table(rank, sequence), dtype=torch.int32)
                 for layer in range(LAYERS):
                     k, v = own.read(layer, table, len(positions))
@@ -121,13 +153,18 @@ class Held:
 
 
 class Schedules(RuleBasedStateMachine):
-    """Any order of create, append, fork, truncate and free."""
+    """Any order of create, append, fork, truncate, trim and free."""
 
     sequences = Bundle("sequences")
 
-    @initialize(world=st.integers(1, 4), pages=st.integers(1, 12), page_size=st.integers(1, 5))
-    def begin(self, world, pages, page_size):
-        self.held = Held(world, pages, page_size)
+    @initialize(
+        world=st.integers(1, 4),
+        pages=st.integers(1, 12),
+        page_size=st.integers(1, 5),
+        reach=st.none() | st.integers(0, 20),
+    )
+    def begin(self, world, pages, page_size, reach):
+        self.held = Held(world, pages, page_size, reach)
 
     @rule(target=sequences, count=st.integers(0, 12))
     def create(self, count):
@@ -152,6 +189,15 @@ class Schedules(RuleBasedStateMachine):
     def truncate(self, sequence, data):
         self.held.truncate(sequence, data.draw(st.integers(0, len(self.held.model[sequence]))))
 
+    @rule(sequence=sequences)
+    def trim(self, sequence):
+        self.held.trim(sequence)
+
+    @rule(sequence=sequences, count=st.integers(1, 14))
+    def append_and_trim(self, sequence, count):
+        if self.held.append({sequence: count}):
+            self.held.trim(sequence)
+
     @rule(sequence=consumes(sequences))
     def free(self, sequence):
         self.held.free(sequence)
@@ -172,11 +218,11 @@ TestSchedules.settings = settings(
 )
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_a_thousand_sequences_come_and_go(world):
+@pytest.mark.parametrize(("world", "reach"), [(1, None), (3, None), (2, 17)])
+def test_a_thousand_sequences_come_and_go(world, reach):
     """Created, forked, grown, cut and freed at random, in a cache that is full now and then: back to the baseline."""
     draw = random.Random(world)
-    held = Held(world, 60, 4)
+    held = Held(world, 60, 4, reach)
     pointers = [(each.k.data_ptr(), each.nbytes) for each in held.caches]
     full = grown = 0
     while held.sequences < 1000:
@@ -187,6 +233,8 @@ def test_a_thousand_sequences_come_and_go(world):
         if action in ("create", "append"):
             some = {s: draw.choice([1, 1, 3, 25]) for s in draw.sample(alive, min(3, len(alive)))}
             fitted = held.append(some)
+            for sequence in some if fitted else ():
+                held.trim(sequence)
             grown += fitted
             full += not fitted
             if not fitted:

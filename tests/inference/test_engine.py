@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from ringfa3 import RankFailed
 from ringfa3.inference.engine import Busy, Engine
 from ringfa3.inference.events import Completion
 from ringfa3.inference.pages import CacheFull
 from ringfa3.inference.runner import Runner
 from ringfa3.inference.sampling import Sampling
 from tests.inference import tiny
-from tests.inference.toy import EOS, VOCAB, Heard, Toy, lone_greedy, steps
+from tests.inference.toy import EOS, VOCAB, Heard, Toy, logits_of, lone_greedy, steps
 
 
 class Letters:
@@ -138,6 +139,45 @@ def test_equal_beginnings_are_prefilled_once():
     engine.close_session("talk")
     finished(engine)
     assert toy.empty()
+
+
+def test_windows_let_prompts_be_longer_than_the_cache():
+    """Sessions go on where they ended; where what is seen there is forgotten they begin anew, and answers are right."""
+    toy = Toy(world=2, pages=12, page_size=4, reach=20)
+    engine = Engine(toy, chunk=8, eos=[])
+    said = prompts(700)[0]
+    for turn in range(3):
+        heard = Heard()
+        engine.submit(said, Sampling(max_tokens=40), session="talk", on_event=heard)
+        finished(engine)
+        assert heard.tokens == windowed(said, 40, 20)
+        assert heard[-1].cached_tokens == (len(said) - 6 if turn else 0)
+        assert max(engine.stats()["pages_used"]) <= 5
+        said = said + heard.tokens + prompts(5, seed=turn)[0]
+    for back in (300, 710):
+        heard = Heard()
+        engine.submit(said[:back], Sampling(max_tokens=4), session="talk", on_event=heard)
+        finished(engine)
+        assert heard.tokens == windowed(said[:back], 4, 20)
+        # then the answer is cut off, three tokens that were held: what is seen before them is in a page still kept
+        assert heard[-1].cached_tokens == (0 if back == 300 else 300)
+    four = [Heard() for _ in range(4)]
+    for hears in four:  # equal prompts, which no fork can begin with
+        engine.submit(said[:90], Sampling(max_tokens=30), on_event=hears)
+    finished(engine)
+    assert all(hears.tokens == windowed(said[:90], 30, 20) for hears in four)
+    engine.close_session("talk")
+    finished(engine)
+    assert toy.empty()
+    toy.pages.audit()
+
+
+def windowed(prompt, most, reach):
+    """lone_greedy_free of a toy with a window."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < most:
+        tokens.append(int(logits_of(tokens, reach).argmax()))
+    return tokens[len(prompt) :]
 
 
 def test_a_sessions_requests_come_one_after_the_other_and_do_not_stop_others():
@@ -374,6 +414,24 @@ def test_any_other_error_ends_everything():
     for call in (lambda: engine.submit([1], on_event=Heard()), engine.plan, engine.serve):
         with pytest.raises(RuntimeError, match="has failed: OSError"):
             call()
+
+
+def test_what_was_computed_while_a_rank_failed_is_not_told():
+    toy = Toy()
+    engine = Engine(toy, eos=[])
+    heard = Heard()
+    engine.submit([1, 2, 3], Sampling(max_tokens=9), on_event=heard)
+    for _ in steps(engine, 4):
+        pass
+    told = len(heard.tokens)
+    toy.gone = RankFailed(1, "there", None, "its process has ended")
+    with pytest.raises(RankFailed, match="rank 1 on there"):
+        engine.execute(engine.plan())
+    assert heard.finish == "error"
+    assert len(heard.tokens) == told > 0
+    assert "its process has ended" in heard[-1].error
+    with pytest.raises(RuntimeError, match="has failed: RankFailed"):
+        engine.plan()
 
 
 def test_logits_that_are_no_numbers_end_one_request():

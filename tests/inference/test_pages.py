@@ -192,6 +192,49 @@ def test_full_is_an_error_that_names_the_rank_and_changes_nothing(full):
     pages.audit()
 
 
+def test_what_no_token_will_see_is_forgotten_in_whole_pages():
+    pages = Pages(2, 9, 4, reach=10)
+    pages.create(0)
+    most = 0
+    for start in range(0, 320, 16):  # 320 tokens through 72 places
+        assert pages.append(0, 16).start == start
+        pages.trim(0)
+        most = max(most, pages.used(0), pages.used(1))
+        kept = np.sort(np.concatenate([pages.positions(rank, 0) for rank in range(2)]))
+        assert set(range(max(0, start + 6), start + 16)) <= set(kept.tolist())
+        assert kept.size < 10 + 2 * 4
+        pages.audit()
+    assert most <= 5
+    assert pages.length(0) == 320
+    assert pages.local_length(0, 0) + pages.local_length(1, 0) == kept.size
+
+
+def test_forks_keep_what_their_parent_forgets():
+    pages = Pages(1, 12, 4, reach=4)
+    grown(pages, 0, [18])
+    pages.fork(0, 1)
+    pages.trim(0)  # positions 0 to 13 are not seen by token 18: three pages
+    assert pages.positions(0, 0).tolist() == list(range(12, 18))
+    assert pages.positions(0, 1).tolist() == list(range(18))
+    assert pages.used(0) == 5
+    assert pages.cuts(1, 5)
+    assert [pages.cuts(0, n) for n in (0, 1, 15, 16, 17, 18)] == [True, False, False, True, True, True]
+    assert pages.cuts(1, 9, grown=0)
+    assert not pages.cuts(1, 9, grown=1)  # by then it will have been trimmed, too
+    with pytest.raises(ValueError, match="what token 15 sees is forgotten, got 15"):
+        pages.truncate(0, 15)
+    pages.truncate(1, 6)
+    assert pages.used(0) == 4  # two pages of its own, and the parent's two
+    pages.truncate(0, 0)
+    assert (pages.length(0), pages.used(0)) == (0, 2)
+    assert pages.append(0, 3).positions[0].tolist() == [0, 1, 2]
+    assert pages.below(0, 0, [2]).tolist() == [2]
+    pages.free(1)
+    pages.audit()
+    with pytest.raises(ValueError, match="reach: wanted an int, at least 0, got -1"):
+        Pages(1, 1, 1, reach=-1)
+
+
 def test_wrong_numbers_are_refused():
     pages = Pages(2, 4, 4)
     pages.create(3)
@@ -215,10 +258,12 @@ def test_wrong_numbers_are_refused():
     assert state(pages) == ({3: [([], []), ([], [])]}, [0, 0], [4, 4])
 
 
-@pytest.mark.parametrize("spoil", ["reference", "free", "table", "runs"])
+@pytest.mark.parametrize("spoil", ["reference", "free", "table", "runs", "dropped", "floor"])
 def test_audit_sees_what_does_not_add_up(spoil):
-    pages = Pages(2, 9, 4)
+    pages = Pages(2, 9, 4, reach=3)
     grown(pages, 0, [20])
+    pages.trim(0)
+    assert pages._sequences[0][1].dropped == 8
     pages.audit()
     share = pages._sequences[0][1]
     if spoil == "reference":
@@ -227,6 +272,10 @@ def test_audit_sees_what_does_not_add_up(spoil):
         pages._free[1].append(share.table[0])
     elif spoil == "table":
         share.table.append(pages._take(1))
+    elif spoil == "dropped":
+        share.dropped -= 4
+    elif spoil == "floor":
+        share.floor = 19
     else:
         share.starts[-1] += 1
     with pytest.raises(RuntimeError, match=r"rank|sequence 0"):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ringfa3 import RankFailed
-from ringfa3.inference.model import load
+from ringfa3 import Mask, RankFailed
+from ringfa3.inference.model import load, reach
 from ringfa3.inference.pages import CacheFull
 from ringfa3.inference.runner import Runner
 from ringfa3_kernels import Unsupported
@@ -81,7 +81,13 @@ def play(rank: int, size: int, name: str, chunk: int) -> Script:
     answers, logits = answer(runner, sequences, first, 5)
     for b, sequence in enumerate(sequences):
         said[f"batch {sequence}"] = prompts[b], answers[b], logits[b]
-    runner.truncate(5, 20)
+    if runner.pages.cuts(5, 20):
+        runner.truncate(5, 20)
+    else:  # all layers have windows: what is seen from there is forgotten
+        with pytest.raises(ValueError, match="what token 20 sees is forgotten"):
+            runner.truncate(5, 20)
+        runner.truncate(5, 0)
+        fill(runner, 5, held[:20], chunk)
     ahead = held[20:28]  # eight tokens at once, after a truncation
     said["eight"] = held[:20] + ahead[:1], None, runner.decode([5], [ahead])[0]
     said["held"] = held
@@ -142,10 +148,60 @@ def test_tokens_are_those_of_transformers(world: Any, name: str, size: int) -> N
             assert torch.equal(other[key][2], logits)
 
 
-def wander(rank: int, size: int, seed: int) -> tuple[int, list[tuple[list[int], Tensor]]]:
+def read_far(rank: int, size: int, name: str, chunk: int) -> tuple[list[Any], int, int]:
+    """Turns of a conversation longer than the cache: (tokens before, answer, logits), most pages used, reach."""
+    runner = Runner(build(name), pages=24 // size, page_size=4, prefill="pass-q" if chunk == 5 else "pass-kv")
+    runner.create(0)
+    held: list[int] = []
+    said, most = [], 0
+    for turn, count in enumerate((70, 1, 22)):
+        held = held + asked(turn, count)
+        first = fill(runner, 0, held[runner.pages.length(0) :], chunk)
+        (tokens,), logits = answer(runner, [0], first[None], 8)
+        said.append((held, tokens, logits[0]))
+        held = held + tokens
+        most = max(most, *(runner.pages.used(r) for r in range(size)))
+        runner.pages.audit()
+    runner.fork(0, 1)
+    runner.free(0)
+    first = runner.decode([1], [held[-1:]])[0]
+    (tokens,), logits = answer(runner, [1], first, 3)
+    said.append((held, tokens, logits[0]))
+    runner.free(1)
+    assert [runner.pages.used(r) for r in range(size)] == [0] * size
+    assert runner.pages.reach is not None
+    return said, most, runner.pages.reach
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_windows_read_further_than_the_cache_holds(world: Any, size: int) -> None:
+    """Each rank has room for 24 / size pages of 4 tokens, the conversation has 117 tokens."""
+    chunk = 5 if size == 3 else 8
+    said, most, reach = (world(size)(read_far, "mistral", chunk) if size > 1 else [read_far(0, 1, "mistral", chunk)])[0]
+    assert reach == 6
+    assert most <= -(-(reach + 1) // (4 * size)) + 1  # pages of the window, and one that is half in it
+    single, exact = references("mistral")
+    for before, tokens, logits in said:
+        judge(single, exact, before, tokens, logits)
+
+
+def test_where_some_layer_sees_all_nothing_is_forgotten() -> None:
+    for name, seen in (("gemma2", None), ("llama", None), ("mistral", 6)):
+        runner = Runner(build(name), pages=20, page_size=4)
+        assert runner.pages.reach == seen
+        assert runner.max_length == (128 if seen else 80)
+    assert reach([Mask(window=(4, 0)), Mask(chunk=9)]) == 8
+    assert reach([Mask(window=(4, 0), chunk=9)]) == 4
+    assert reach([Mask(window=(4, 0)), Mask()]) is None
+    assert reach([Mask(window=(-1, 0))]) is None
+
+
+def wander(rank: int, size: int, name: str, seed: int) -> tuple[int, list[tuple[list[int], Tensor]]]:
     """Anything in any order, in a cache that is often full: how often it was, and tokens with their last logits."""
     chance = random.Random(seed)
-    runner = Runner(build("gemma2"), pages=7, page_size=4, prefill=chance.choice(["pass-kv", "pass-q"]))
+    runner = Runner(
+        build(name), pages=4 if name == "mistral" else 7, page_size=4, prefill=chance.choice(["pass-kv", "pass-q"])
+    )
     held: dict[int, list[int]] = {}
     said: list[tuple[list[int], Tensor]] = []
     full = 0
@@ -175,6 +231,7 @@ def wander(rank: int, size: int, seed: int) -> tuple[int, list[tuple[list[int], 
             elif do == "truncate":
                 which = chance.choice(known)
                 length = chance.randint(0, len(held[which]))
+                length = length if runner.pages.cuts(which, length) else 0
                 runner.truncate(which, length)
                 held[which] = held[which][:length]
             else:
@@ -190,12 +247,14 @@ def wander(rank: int, size: int, seed: int) -> tuple[int, list[tuple[list[int], 
     return full, said
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_sequences_are_never_mixed_up(world: Any, seed: int) -> None:
-    (full, said), *others = world(3)(wander, seed)
+@pytest.mark.parametrize(
+    ("name", "seed"), [("gemma2", 0), ("gemma2", 1), ("gemma2", 2), ("mistral", 3), ("mistral", 4)]
+)
+def test_sequences_are_never_mixed_up(world: Any, name: str, seed: int) -> None:
+    (full, said), *others = world(3)(wander, name, seed)
     assert len(said) > 20
     assert full, "the cache was to be full at times"
-    single, exact = references("gemma2")
+    single, exact = references(name)
     errors, roundings = [], []
     for tokens, logits in said:
         truth = after(exact, tokens, len(logits))

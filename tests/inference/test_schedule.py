@@ -30,9 +30,10 @@ class Schedules(RuleBasedStateMachine):
         pages=st.integers(5, 14),
         chunk=st.sampled_from([1, 3, 8, 64]),
         running=st.sampled_from([1, 3, 16]),
+        reach=st.sampled_from([None, None, 0, 3, 11, 30]),
     )
-    def begin(self, world, pages, chunk, running):
-        self.toy = Toy(world=world, pages=pages, page_size=4)
+    def begin(self, world, pages, chunk, running, reach):
+        self.toy = Toy(world=world, pages=pages, page_size=4, reach=reach)
         self.engine = Engine(self.toy, chunk=chunk, max_running=running, eos=[EOS])
         self.asked: dict[int, tuple[Heard, list[int], int]] = {}
         self.cancelled: set[int] = set()
@@ -66,7 +67,7 @@ class Schedules(RuleBasedStateMachine):
             raise
         self.asked[number] = heard, prompt, most
         if name is not None:
-            self.history[name] = prompt + lone_greedy(prompt, most)
+            self.history[name] = prompt + lone_greedy(prompt, most, self.toy.pages.reach)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -95,7 +96,7 @@ class Schedules(RuleBasedStateMachine):
         if not hasattr(self, "asked"):
             return
         for number, (heard, prompt, most) in self.asked.items():
-            lone = lone_greedy(prompt, most)
+            lone = lone_greedy(prompt, most, self.toy.pages.reach)
             assert heard.tokens == lone[: len(heard.tokens)]
             if heard.finish == "cancelled":
                 assert number in self.cancelled

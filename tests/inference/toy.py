@@ -16,19 +16,19 @@ EOS = 0
 _TABLE = np.random.default_rng(0).standard_normal((9973, VOCAB)).astype(np.float32) * 2
 
 
-def logits_of(tokens: Sequence[int]) -> np.ndarray:
-    """fp32 [VOCAB]: of a checksum, which every token and its place changes."""
+def logits_of(tokens: Sequence[int], reach: int | None = None) -> np.ndarray:
+    """fp32 [VOCAB]: of a checksum, which every token and its place changes; or those of the last and `reach` before."""
     checksum = len(tokens)
-    for token in tokens:
+    for token in tokens if reach is None else tokens[-reach - 1 :]:
         checksum = (checksum * 31 + token + 1) % len(_TABLE)
     return _TABLE[checksum]
 
 
-def lone_greedy(prompt: Sequence[int], most: int) -> list[int]:
+def lone_greedy(prompt: Sequence[int], most: int, reach: int | None = None) -> list[int]:
     """What a request for `most` greedy tokens has to yield."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < most and tokens[len(prompt) :][-1:] != [EOS]:
-        tokens.append(int(logits_of(tokens).argmax()))
+        tokens.append(int(logits_of(tokens, reach).argmax()))
     return tokens[len(prompt) :]
 
 
@@ -37,12 +37,15 @@ class Toy:
 
     vocab = VOCAB
 
-    def __init__(self, *, world: int = 1, pages: int = 16, page_size: int = 4, max_length: int = 4096) -> None:
-        self.pages = Pages(world, pages, page_size)
+    def __init__(
+        self, *, world: int = 1, pages: int = 16, page_size: int = 4, max_length: int = 4096, reach: int | None = None
+    ) -> None:
+        self.pages = Pages(world, pages, page_size, reach=reach)
         self.max_length = max_length
         self.slots = np.full((world, pages * page_size), -(10**6))
         self.calls: list[tuple[str, int]] = []  # what was computed, and how many tokens of it
         self.refuse: list[BaseException | None] = []  # what the next computations raise
+        self.gone: Exception | None = None  # why nothing that was computed is to be believed
 
     def create(self, seq: int) -> None:
         self.pages.create(seq)
@@ -60,16 +63,25 @@ class Toy:
         self.calls.append(("prefill", len(ids)))
         self._maybe_refuse()
         self._write({seq: ids})
-        return torch.from_numpy(logits_of(self.read(seq)))
+        return torch.from_numpy(self._logits(seq))
 
     def decode(self, seqs: Sequence[int], ids: Sequence[Sequence[int]]) -> Tensor:
         self.calls.append(("decode", len(seqs)))
         self._maybe_refuse()
         self._write(dict(zip(seqs, ids, strict=True)))
-        return torch.from_numpy(np.stack([logits_of(self.read(seq)) for seq in seqs]))[:, None]
+        return torch.from_numpy(np.stack([self._logits(seq) for seq in seqs]))[:, None]
+
+    def _logits(self, seq: int) -> np.ndarray:
+        logits = logits_of(self.read(seq), self.pages.reach)
+        self.pages.trim(seq)
+        return logits
+
+    def check(self) -> None:
+        if self.gone is not None:
+            raise self.gone
 
     def read(self, seq: int) -> list[int]:
-        """The tokens that the pages hold."""
+        """The tokens that the pages hold; -1 for those that are forgotten."""
         tokens = np.full(self.pages.length(seq), -1)
         for rank in range(self.pages.world):
             positions = self.pages.positions(rank, seq)

@@ -69,6 +69,18 @@ def test_the_answer_is_transformers(folder: Path, size: int, world: Any) -> None
     assert 0 < max(used) <= there
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_may_share_the_weights(folder: Path, size: int, world: Any) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    question = asked(folder, Sampling(max_tokens=12), tp=2)
+    (answer, _), *others = world(size)(rank_responds, question)
+    assert list(answer.tokens) == tiny_model.greedy(folder, question.ids(tokenizer), 12)
+    assert others == [(None, [])] * (size - 1)
+    used, there = answer.pages
+    assert len(used) == size // 2  # the cache is shared by those who have the same heads
+    assert 0 < max(used) <= there
+
+
 def test_sampling_reaches_the_engine(folder: Path, world: Any) -> None:
     warm = Sampling(max_tokens=20, temperature=1.5, seed=3)
     answers = [world(2)(rank_responds, asked(folder, warm))[0][0] for _ in range(2)]
@@ -155,7 +167,8 @@ def test_a_reader_that_leaves_ends_the_ranks(folder: Path, monkeypatch: pytest.M
     def waits(world: int, respond: Any, question: Asked, writer: Any, *, device: str) -> None:
         with _ended_in_order():  # as local does
             writer.send("some text")
-            time.sleep(30)
+            for _ in range(1200):  # in pieces: a signal that comes right before a sleep does not shorten it
+                time.sleep(0.1)
 
     def tell(text: str) -> None:
         raise BrokenPipeError
@@ -166,7 +179,7 @@ def test_a_reader_that_leaves_ends_the_ranks(folder: Path, monkeypatch: pytest.M
     with pytest.raises(SystemExit) as leaving:
         generate.respond_locally(2, asked(folder, Sampling()), "cpu", tell)
     assert leaving.value.code == 128 + 15
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 100
 
 
 @pytest.mark.parametrize(
@@ -176,6 +189,8 @@ def test_a_reader_that_leaves_ends_the_ranks(folder: Path, monkeypatch: pytest.M
         (["--prompt", "a", "--prompt-file", "b"], "--prompt: wanted either it or --prompt-file, got both"),
         (["--prompt-file", "/nowhere"], "--prompt-file: wanted a text file in UTF-8, got /nowhere (No such file"),
         (["--prompt", "a", "--ranks", "0"], "--ranks: wanted 1 or more, got 0"),
+        (["--prompt", "a", "--ranks", "3", "--tp", "2"], "--tp: wanted a divisor of the number of ranks, 3, got 2"),
+        (["--prompt", "a", "--tp", "0"], "--tp: wanted a divisor of the number of ranks, 2, got 0"),
         (["--prompt", "a", "--chunk", "0"], "--chunk: wanted 1 or more, got 0"),
         (["--prompt", "a", "--page-size", "-1"], "--page-size: wanted 1 or more, got -1"),
         (["--prompt", "a", "--system", "b"], "--system: wanted it beside --chat only, got 'b'"),

@@ -112,7 +112,7 @@ class _Stage:
         import torch.distributed as dist
 
         from ringfa3.inference import Announcer, Runner
-        from ringfa3.inference.chunk import Ranks
+        from ringfa3.inference.ranks import Ranks
 
         program = self.program
         if self.info.world > 1:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ringfa3 import Mask, ring_attention
 from ringfa3.inference.attend import Decode, Prefill
 from ringfa3.inference.cache import PagedCache
-from ringfa3.inference.chunk import Ranks
 from ringfa3.inference.newest import Sent
 from ringfa3.inference.pages import CacheFull, Pages, Placed
+from ringfa3.inference.ranks import Ranks
 from ringfa3.layout import deal, resolve
 from ringfa3_kernels import Unsupported, Visible
 from ringfa3_launch.cluster.arrays import CODES
@@ -158,6 +158,11 @@ class Calls:
             raise ValueError(f"heads: wanted groups of heads and head_dim 8, 16, ..., 256, got {header}")
         pages = pages_for(tokens, self._ranks.world, page)
         nbytes = 2 * (pages + 1) * page * kv_heads * head_dim * dtype.itemsize
+        if nbytes > self._settings.session_memory:  # for ever: not a matter of coming back
+            raise ValueError(
+                f"max_tokens: wanted a session of at most {self._settings.session_memory} bytes on a rank, "
+                f"got {tokens} tokens, {nbytes} bytes"
+            )
         if self.session_bytes + nbytes > self._settings.session_memory:
             raise Overloaded(
                 f"sessions: wanted at most {self._settings.session_memory} bytes on a rank, got {self.session_bytes} "
@@ -296,6 +301,6 @@ def _integer(header: dict[str, Any], name: str, low: int) -> int:
 
 def _number(header: dict[str, Any], name: str) -> float | None:
     value = header.get(name)
-    if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+    if value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):  # a float cannot hold more
         raise ValueError(f"{name}: wanted a finite number, got {value!r}")
     return value

@@ -23,6 +23,7 @@ class Settings:
         pages: the same, in pages.
         page_size: positions of a page, of the model's cache and of sessions.
         prefill: "auto", "pass-kv" or "pass-q".
+        tp: ranks that share the model's weights, of which there are that many in each group; divides their number.
         chunk: prompt tokens of one engine step.
         max_running, max_waiting: requests that the engine decodes together, and that may queue for it.
         timeout: seconds of silence after which a rank counts as failed.
@@ -43,6 +44,7 @@ class Settings:
     pages: int | None = None
     page_size: int = 64
     prefill: str = "auto"
+    tp: int = 1
     chunk: int = 512
     max_running: int = 64
     max_waiting: int = 256
@@ -66,7 +68,7 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}: wanted a positive number of seconds, got {value!r}")
-        for name in ("page_size", "chunk", "max_running", "max_waiting", "max_message", "max_waiting_bytes"):
+        for name in ("page_size", "tp", "chunk", "max_running", "max_waiting", "max_message", "max_waiting_bytes"):
             _check_integer(name, getattr(self, name), 1)
         _check_integer("session_memory", self.session_memory, 0)
         for name in ("memory", "pages"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.utils.logging import disable_progress_bar
 
 from ringfa3.inference.announce import Announcer
@@ -47,18 +48,20 @@ class Texts:
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
         disable_progress_bar()
-        model, self._tokenizer = load(settings.model, device=device, dtype=getattr(torch, dtype))
+        mesh = _mesh(settings.tp, announcer.world, device)
+        model, self._tokenizer = load(settings.model, device=device, dtype=getattr(torch, dtype), group=mesh)
         memory = settings.memory
         if memory is None and settings.pages is None:
             memory = _room(device)
         self._runner = Runner(
-            model, memory=memory, pages=settings.pages, page_size=settings.page_size, prefill=settings.prefill
-        )
+            model, group=mesh, memory=memory, pages=settings.pages, page_size=settings.page_size,
+            prefill=settings.prefill,
+        )  # fmt: skip
         self._engine = Engine(
             self._runner, self._tokenizer, chunk=settings.chunk, max_running=settings.max_running,
             max_waiting=settings.max_waiting, announcer=announcer,
         )  # fmt: skip
-        self._rank, self._wake = announcer.rank, wake
+        self._place, self._wake = announcer.rank // settings.tp, wake  # among those who share the cache
         self._lock = threading.Lock()  # of what follows
         self._encoding = threading.Lock()
         self._owners: dict[int, Client] = {}  # of requests that are not over
@@ -69,7 +72,7 @@ class Texts:
     @property
     def cache(self) -> tuple[int, int]:
         """Pages in use, and all, on this rank."""
-        return self._runner.pages.used(self._rank), self._runner.pages.pages
+        return self._runner.pages.used(self._place), self._runner.pages.pages
 
     @property
     def busy(self) -> bool:
@@ -173,6 +176,13 @@ class Texts:
             if event.finish is not None:
                 self._owners.pop(event.request, None)
             client.reply({"id": number, "event": dataclasses.asdict(event)})
+
+
+def _mesh(tp: int, world: int, device: torch.device) -> DeviceMesh | None:
+    """Neighbours share the weights; None: nobody does. Raises ValueError where the ranks cannot be dealt so."""
+    if world % tp:
+        raise ValueError(f"tp: wanted a divisor of the number of ranks, {world}, got {tp}")
+    return None if tp == 1 else init_device_mesh(device.type, (world // tp, tp), mesh_dim_names=("cp", "tp"))
 
 
 def _room(device: torch.device) -> int:

@@ -1,0 +1,42 @@
+"""A cluster whose ranks share the model's weights answers as transformers does; wrong numbers are named."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+
+from ringfa3.inference import Sampling
+from ringfa3_launch import serve
+from tests.launch import tiny_model
+
+
+def options(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_ranks_that_share_the_weights(tmp_path: Path) -> None:
+    folder = tiny_model.write(tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(tiny_model.prompt(50))["input_ids"]
+    args = options("--model", str(folder), "--ranks", "2", "--tp", "2", "--pages", "20", "--chunk", "16")
+    with serve.start(args, tmp_path, 0) as cluster:
+        events = list(cluster.complete(ids, Sampling(max_tokens=10)))
+        tokens = [event.token for event in events if event.token is not None]
+        assert tokens == tiny_model.greedy(folder, ids, 10)
+        deadline = time.monotonic() + 120  # pages go back by an order of their own, after the last event
+        while any(rank.cache_used for rank in cluster.health()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [rank.cache_pages for rank in cluster.health()] == [20, 20]
+
+
+def test_wrong_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--tp: wanted a divisor of the number of ranks, 3, got 2"):
+        serve.start(options("--ranks", "3", "--tp", "2"), tmp_path, 0)
+    with pytest.raises(ValueError, match="--attention-only: wanted no --tp beside it, got 2"):
+        serve.start(options("--ranks", "2", "--tp", "2", "--attention-only"), tmp_path, 0)
