@@ -115,20 +115,26 @@ def compare(case: str, times: Mapping[str, Time], work: float, *, ours: str, met
     ]
 
 
-def save(path: Path, rows: Sequence[Row], *, command: str, title: str) -> None:
-    """Write path.json and path.md."""
+TURNS = "Timed by turns in one process; ratio > 1: ours is faster."
+
+
+def save(
+    path: Path, rows: Sequence[Row], *, command: str, title: str, device: str | None = None, method: str = TURNS
+) -> None:
+    """Write path.json and path.md; `device` is the GPU's, or the processor's, name unless given."""
+    own = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     document = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": device or own,
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     lines = [f"# {title}", "", f"`{command}` on {document['device']}, {document['date']}, commit {document['commit']}."]
-    lines += ["Timed by turns in one process; ratio > 1: ours is faster.", ""]
+    lines += [method, ""]
     lines += ["| case | ours | peer | theirs | ratio |", "|---|---|---|---|---|"]
     lines += [f"| {r.case} | {r.ours} ± {r.spread} {r.metric} | {r.peer} | {r.theirs} | {r.ratio:.3f} |" for r in rows]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")

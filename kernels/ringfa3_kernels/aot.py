@@ -65,6 +65,7 @@ def build(
     *,
     capability: tuple[int, int],
     options: Mapping[str, Any],
+    multiples: Sequence[str] = (),
 ) -> Build:
     """Compile a @triton.jit kernel for a CUDA capability and inspect the result.
 
@@ -73,13 +74,15 @@ def build(
             "k": "tensordesc<bf16[1,64,1,128]>"}. Pointers are taken to be multiples of 16 bytes.
         constants: values of the constexpr arguments.
         options: num_warps, num_stages and the like.
+        multiples: integer arguments that are multiples of 16.
     """
     index = {name: i for i, name in enumerate(kernel.arg_names)}
+    divisible = [n for n in kernel.arg_names if n in multiples or types.get(n, "").startswith("*")]
     source = triton.compiler.ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in kernel.arg_names},
         constexprs={(index[name],): value for name, value in constants.items()},
-        attrs={(index[n],): [["tt.divisibility", 16]] for n in kernel.arg_names if types.get(n, "").startswith("*")},
+        attrs={(index[n],): [["tt.divisibility", 16]] for n in divisible},
     )
     return inspect(source, capability=capability, options=options)[0]
 

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from ringfa3_kernels import paged
 from ringfa3_kernels.call import Call
+from ringfa3_kernels.positional import Positional
+from ringfa3_kernels.quantized import Quantized, dequantize
 from ringfa3_kernels.types import Partial, Visible
 
 NAME = "aten"
@@ -60,6 +62,7 @@ def attend(
     softcap: float,
     into: Partial | None,
     out_dtype: torch.dtype,
+    positional: Positional | None = None,
 ) -> Partial:
     """Output and lse over the visible keys; see `ringfa3_kernels.attend`."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -71,12 +74,29 @@ def attend(
         q_, out_ = _grouped(_wide(q[b], wide) * scale, Hkv), _grouped(out[b], Hkv)
         k_, v_ = (_shared(_wide(x[b], wide), q_.shape[1]) for x in (k, v))
         lse_ = state.lse[b].unflatten(0, (Hkv, -1))
-        for rows, keys, mask in _pieces(visible, b, k.shape[1], tiled=softcap != 0):
+        for rows, keys, mask in _pieces(visible, b, k.shape[1], tiled=softcap != 0 or positional is not None):
             qkv = q_[:, :, rows], k_[:, :, keys], v_[:, :, keys]
-            plain = mask is None and not softcap
-            piece = _flash(*qkv, scale=1.0) if plain else _tile(*qkv, mask, softcap)
+            plain = mask is None and not softcap and positional is None
+            places = _places(positional, b, rows, keys, Hkv, wide)
+            piece = _flash(*qkv, scale=1.0) if plain else _tile(*qkv, mask, softcap, *places)
             _fold(out_[:, :, rows], lse_[:, :, rows], *piece)
     return Partial(out.to(out_dtype), state.lse)
+
+
+def attend_quantized(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float,
+    into: Partial | None,
+    out_dtype: torch.dtype,
+) -> Partial:
+    """`attend` of what the fp8 tensors stand for, in fp32; see `ringfa3_kernels.attend`."""
+    wide = dequantize(q), dequantize(k), dequantize(v)
+    return attend(*wide, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
 
 
 def decode(
@@ -124,6 +144,7 @@ def attend_backward(
     scale: float,
     softcap: float,
     deterministic: bool,
+    positional: Positional | None = None,
 ) -> None:
     """Gradients for rows whose final lse and delta are given, the same bits every time; see `ringfa3_kernels`.
 
@@ -146,13 +167,14 @@ def attend_backward(
         k_, v_ = (_shared(F.pad(x[b].to(wide), (0, PAD)), q_.shape[1]) for x in (k, v))
         q_.mul_(scale)
         dout_[..., D] = delta_
-        for rows, keys, mask in _pieces(visible, b, k.shape[1], tiled=softcap != 0):
+        for rows, keys, mask in _pieces(visible, b, k.shape[1], tiled=softcap != 0 or positional is not None):
             args = dout_[:, :, rows], q_[:, :, rows], k_[:, :, keys], v_[:, :, keys]
-            if mask is None and not softcap:
+            if mask is None and not softcap and positional is None:
                 grads = _flash_backward(*args, one.expand_as(args[0]), lse_[:, :, rows], 0.0, False, scale=1.0)
             else:
                 narrow = [x[..., :D] for x in args]
-                grads = _tile_backward(narrow, lse_[:, :, rows], delta_[:, :, rows], mask, softcap)
+                places = _places(positional, b, rows, keys, Hkv, wide)
+                grads = _tile_backward(narrow, lse_[:, :, rows], delta_[:, :, rows], mask, softcap, *places)
             dq_[:, :, rows].add_(grads[0][..., :D], alpha=scale)
             dk_[:, keys] += grads[1][..., :D].sum(1)
             dv_[:, keys] += grads[2][..., :D].sum(1)
@@ -200,7 +222,21 @@ def _cut(
         yield from _cut(lo, hi, (r0, r1, j, k1), tiled)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
+def _places(
+    positional: Positional | None, b: int, rows: slice, keys: slice, Hkv: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What positions add to a piece's scores and multiply its probabilities by, [Hkv, G, rows, keys]; None: nothing."""
+    if positional is None:
+        return None, None
+    piece = positional.cut(b, rows, keys)
+    both = piece.bias(dtype), piece.weights(dtype)
+    bias, weights = (None if x is None else x[0].unflatten(0, (Hkv, -1)) for x in both)
+    return bias, weights
+
+
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, softcap: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scores [Hkv, G, rows, keys], -inf where masked, and the softcap's slope at each."""
     s = torch.matmul(q, k.transpose(-1, -2))
     slope = None
@@ -208,30 +244,53 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, softcap: float) -> tuple[
         s.div_(softcap).tanh_()
         slope = 1 - s * s
         s.mul_(softcap)
+    if bias is not None:
+        s.add_(bias)
     return (s if mask is None else s.masked_fill_(~mask, -torch.inf)), slope
 
 
-def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float) -> tuple[Tensor, Tensor]:
+def _tile(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    softcap: float,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Output [Hkv, G, rows, D] and lse [Hkv, G, rows] of one tile; rows that see nothing of it get 0 and -inf."""
-    s, _ = _scores(q, k, mask, softcap)
+    s, _ = _scores(q, k, mask, softcap, bias)
     m = s.amax(-1, keepdim=True)
     m.masked_fill_(m == -torch.inf, 0.0)  # keeps exp(-inf - m) at 0
     p = s.sub_(m).exp_()
     l = p.sum(-1, keepdim=True)
     lse = (m + l.log()).squeeze(-1)
+    if weights is not None:
+        p.mul_(weights)
     return torch.matmul(p, v).div_(l.masked_fill_(l == 0, 1.0)), lse
 
 
 def _tile_backward(
-    tensors: list[Tensor], lse: Tensor, delta: Tensor, mask: Tensor | None, softcap: float
+    tensors: list[Tensor],
+    lse: Tensor,
+    delta: Tensor,
+    mask: Tensor | None,
+    softcap: float,
+    bias: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (of the scaled q), dk, dv of one tile, dk and dv for every query head. `tensors` are dout, q, k and v."""
     dout, q, k, v = tensors
-    s, slope = _scores(q, k, mask, softcap)
+    s, slope = _scores(q, k, mask, softcap, bias)
     p = s.sub_(lse[..., None]).exp_()
-    ds = torch.matmul(dout, v.transpose(-1, -2)).sub_(delta[..., None]).mul_(p)
+    ds = torch.matmul(dout, v.transpose(-1, -2))
+    if weights is not None:
+        ds.mul_(weights)
+    ds.sub_(delta[..., None]).mul_(p)
     if slope is not None:
         ds.mul_(slope)
+    if weights is not None:
+        p.mul_(weights)
     dk, dv = (torch.matmul(x.transpose(-1, -2), y) for x, y in ((ds, q), (p, dout)))
     return torch.matmul(ds, k), dk, dv
 

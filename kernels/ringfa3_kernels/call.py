@@ -25,6 +25,9 @@ class Call:
         deterministic: backward must be bitwise reproducible.
         aligned: head_dim is contiguous, and every pointer and other stride is a multiple of 16 bytes (what TMA asks).
         page: keys of a page of the cache that decode reads, 0 for other calls.
+        blocks: of fp8 q, k and v: rows that a scale covers, 0 for a whole head; () for other calls.
+        v_order: how fp8 v lies in memory, "rows" or "keys" (see Quantized).
+        alibi, dropout: scores get ALiBi's bias, probabilities are dropped.
     """
 
     direction: str
@@ -45,3 +48,7 @@ class Call:
     deterministic: bool
     aligned: bool
     page: int = 0
+    blocks: tuple[int, ...] = ()
+    v_order: str = "rows"
+    alibi: bool = False
+    dropout: bool = False

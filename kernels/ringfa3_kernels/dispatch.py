@@ -41,6 +41,8 @@ def why_not(name: str, call: Call) -> str | None:
         return module
     if call.direction == "decode" and not hasattr(module, "decode"):
         return "it has no decode"
+    if call.blocks and not hasattr(module, "attend_quantized"):
+        return "it reads no fp8"
     reason: str | None = module.unsupported(call)
     return reason
 

@@ -8,23 +8,28 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ringfa3_kernels import dispatch
+from ringfa3_kernels import dispatch, positional
 from ringfa3_kernels.call import Call
-from ringfa3_kernels.types import Partial, Visible
+from ringfa3_kernels.positional import Dropout, Positional
+from ringfa3_kernels.quantized import Quantized
+from ringfa3_kernels.types import Partial, Unsupported, Visible
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Quantized,
+    k: Tensor | Quantized,
+    v: Tensor | Quantized,
     visible: Visible | None = None,
     *,
     scale: float | None = None,
     softcap: float = 0.0,
     into: Partial | None = None,
     out_dtype: torch.dtype | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    alibi: Tensor | None = None,
+    dropout: Dropout | None = None,
     impl: str = "auto",
 ) -> Partial:
     """Attention of q over the visible keys, as a Partial that further shards of keys can continue.
@@ -32,14 +37,20 @@ def attend(
     It records nothing for autograd: `attend_backward` is its derivative, and an autograd function joins the two.
 
     Args:
-        q: [B, Sq, Hq, D] bf16, fp16, fp32 (fp64: reference and aten only).
+        q: [B, Sq, Hq, D] bf16, fp16, fp32 (fp64: reference and aten only); or fp8, all three from `quantize`.
         k, v: [B, Sk, Hkv, D], q's dtype and device; Hq a multiple of Hkv (GQA, MQA).
         visible: which keys each row sees; None: all of them.
         scale: factor on q.k before the softmax; None: D ** -0.5.
         softcap: where not 0, scores become softcap * tanh(score / softcap).
         into: a Partial over other keys (fp32 out). The softmax continues from it: its lse, and its out where out_dtype
             is fp32, are overwritten in place and are what is returned.
-        out_dtype: dtype of the returned out: fp32 (default), or q's dtype where no hop follows. fp64 for fp64 inputs.
+        out_dtype: dtype of the returned out: fp32 (default), or q's dtype where no hop follows. fp64 for fp64 inputs;
+            any 16-bit dtype for fp8 inputs.
+        positions: (q_pos, k_pos), int32 or int64 [Sq] or [B, Sq], and [Sk] or [B, Sk]: where rows and keys stand in the
+            whole sequence, in [0, 2**31) (on a GPU the caller's promise). Wanted where alibi or dropout is given.
+        alibi: fp32 [Hq] or [B, Hq], slopes: -slope * abs(q_pos - k_pos) is added to each score, after the softcap. They
+            get no gradient.
+        dropout: which probabilities are dropped, by position (see `Dropout`). lse stays that of the whole softmax.
         impl: "auto", or the name of one implementation, which then never falls back.
 
     Returns:
@@ -49,6 +60,15 @@ def attend(
         ValueError: an argument is wrong; names it, what was wanted and what came.
         Unsupported: the named implementation (or, for "auto", every one) lacks something this call needs.
     """
+    if isinstance(q, Quantized) or isinstance(k, Quantized) or isinstance(v, Quantized):
+        from ringfa3_kernels import quantized_door  # here, because it uses this module's checks
+
+        for name, given in (("alibi", alibi), ("dropout", dropout), ("positions", positions)):
+            if given is not None:
+                raise Unsupported(f"{name}: wanted None for fp8 q, k and v, which no kernel serves with it")
+        return quantized_door.attend(
+            q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype, impl=impl
+        )
     check_qkv(q, k, v)
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -64,16 +84,16 @@ def attend(
     out_dtype = wide if out_dtype is None else out_dtype
     if out_dtype not in (wide, q.dtype):
         raise ValueError(f"out_dtype: wanted {wide} or q's {q.dtype}, got {out_dtype}")
-    if into is not None:
-        if not isinstance(into, Partial):
-            raise ValueError(f"into: wanted a Partial, got {type(into).__name__}")
-        _like("into.out", into.out, (B, Sq, Hq, D), wide, q.device)
-        _like("into.lse", into.lse, (B, Hq, Sq), wide, q.device)
-    chosen = dispatch.choose(_call("forward", q, k, v, visible, softcap, out_dtype, into=into is not None), impl)
+    check_into(into, (B, Sq, Hq, D), wide, q.device)
+    places = positional.check(positions, alibi, dropout, q, k)
+    call = _call("forward", q, k, v, visible, softcap, out_dtype, into=into is not None, places=places)
+    chosen = dispatch.choose(call, impl)
     if Sk == 0 or q.numel() == 0:
         return Partial.empty(q, out_dtype) if into is None else Partial(into.out.to(out_dtype), into.lse)
     with own_precision(q):
-        result: Partial = chosen.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
+        result: Partial = chosen.attend(
+            q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype, **_given(places)
+        )
     return result
 
 
@@ -93,13 +113,16 @@ def attend_backward(
     scale: float | None = None,
     softcap: float = 0.0,
     deterministic: bool = False,
+    positions: tuple[Tensor, Tensor] | None = None,
+    alibi: Tensor | None = None,
+    dropout: Dropout | None = None,
     impl: str = "auto",
 ) -> None:
     """Add this shard's share of the gradients to dq, dk and dv, in place.
 
     Args:
         dout: [B, Sq, Hq, D], q's dtype.
-        q, k, v, visible, scale, softcap: as `attend` had them.
+        q, k, v, visible, scale, softcap, positions, alibi, dropout: as `attend` had them.
         lse: fp32 [B, Hq, Sq] of the finished softmax, over the keys of all shards.
         delta: fp32 [B, Hq, Sq] from `row_delta`.
         dq: [B, Sq, Hq, D]; dk, dv: [B, Sk, Hkv, D]; contiguous, fp32 (or, with accumulate=False, q's dtype).
@@ -107,8 +130,13 @@ def attend_backward(
         deterministic: bitwise equal results from run to run, at some cost.
 
     Raises:
-        ValueError, Unsupported: as `attend`.
+        ValueError, Unsupported: as `attend`. Unsupported for fp8 too: gradients take the tensors it was made from.
     """
+    if any(isinstance(x, Quantized) for x in (dout, q, k, v)):
+        raise Unsupported(
+            "attend_backward reads no fp8: give it the 16-bit (or fp32) q, k and v that were quantised; "
+            "it recomputes the scores from them"
+        )
     check_qkv(q, k, v)
     B, Sq, Hq, D = q.shape
     visible = check_visible(visible, q, k.shape[1])
@@ -122,6 +150,7 @@ def attend_backward(
         _like(name, grad, like.shape, store, q.device)
         if not grad.is_contiguous():
             raise ValueError(f"{name}: wanted a contiguous tensor to write into, got strides {grad.stride()}")
+    places = positional.check(positions, alibi, dropout, q, k)
     call = _call(
         "backward",
         q,
@@ -133,6 +162,7 @@ def attend_backward(
         accumulate=accumulate,
         deterministic=deterministic,
         others=(dout, dq, dk, dv),
+        places=places,
     )
     chosen = dispatch.choose(call, impl)
     if k.shape[1] == 0 or q.numel() == 0:
@@ -156,6 +186,7 @@ def attend_backward(
             scale=scale,
             softcap=softcap,
             deterministic=deterministic,
+            **_given(places),
         )
 
 
@@ -245,6 +276,17 @@ def check_scalars(scale: float | None, softcap: float, D: int) -> tuple[float, f
     return (D**-0.5 if scale is None else float(scale)), float(softcap)
 
 
+def check_into(into: Partial | None, shape: tuple[int, int, int, int], wide: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless `into` is None or a Partial for an output [B, Sq, Hq, D]."""
+    if into is None:
+        return
+    if not isinstance(into, Partial):
+        raise ValueError(f"into: wanted a Partial, got {type(into).__name__}")
+    B, Sq, Hq, _ = shape
+    _like("into.out", into.out, shape, wide, device)
+    _like("into.lse", into.lse, (B, Hq, Sq), wide, device)
+
+
 def _like(name: str, x: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: wanted a Tensor, got {type(x).__name__}")
@@ -267,6 +309,7 @@ def _call(
     accumulate: bool = False,
     deterministic: bool = False,
     others: tuple[Tensor, ...] = (),
+    places: Positional | None = None,
 ) -> Call:
     B, Sq, Hq, D = q.shape
     return Call(
@@ -287,7 +330,14 @@ def _call(
         accumulate=accumulate,
         deterministic=deterministic,
         aligned=all(is_aligned(x) for x in (q, k, v, *others)),
+        alibi=places is not None and places.alibi is not None,
+        dropout=places is not None and places.dropout is not None,
     )
+
+
+def _given(places: Positional | None) -> dict[str, Positional]:
+    """The option for what depends on positions; implementations that have none of it do not know the name."""
+    return {} if places is None else {"positional": places}
 
 
 def is_aligned(x: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ringfa3_kernels import paged
 from ringfa3_kernels.call import Call
+from ringfa3_kernels.positional import Positional
+from ringfa3_kernels.quantized import Quantized, dequantize
 from ringfa3_kernels.types import Partial, Visible, merge
 
 NAME = "reference"
@@ -31,13 +33,16 @@ def attend(
     softcap: float,
     into: Partial | None,
     out_dtype: torch.dtype,
+    positional: Positional | None = None,
 ) -> Partial:
     """softmax(q k^T) v and its lse; see `ringfa3_kernels.attend`."""
-    s = _scores(q, k, visible, scale, softcap)[0]
+    s = _scores(q, k, visible, scale, softcap, positional)[0]
     lse = torch.logsumexp(s, -1)
     m = torch.where(lse == -torch.inf, 0.0, lse)
     p = torch.exp(s - m[..., None])
-    out = torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), _repeat(v, q.shape[2]))
+    weights = None if positional is None else positional.weights(p.dtype)
+    stays = p if weights is None else p * weights
+    out = torch.einsum("bhij,bjhd->bihd", stays.to(v.dtype), _repeat(v, q.shape[2]))
     partial = Partial(out.to(lse.dtype), lse)
     if into is None:
         return Partial(partial.out.to(out_dtype), lse)
@@ -47,6 +52,22 @@ def attend(
         return Partial(merged.out.to(out_dtype), into.lse)
     into.out.copy_(merged.out)
     return into
+
+
+def attend_quantized(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float,
+    into: Partial | None,
+    out_dtype: torch.dtype,
+) -> Partial:
+    """softmax(q k^T) v of what the fp8 tensors stand for, in fp32; see `ringfa3_kernels.attend`."""
+    wide = dequantize(q), dequantize(k), dequantize(v)
+    return attend(*wide, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
 
 
 def decode(
@@ -88,19 +109,22 @@ def attend_backward(
     scale: float,
     softcap: float,
     deterministic: bool,
+    positional: Positional | None = None,
 ) -> None:
     """Gradients of `attend` for rows whose final lse and delta are given; see `ringfa3_kernels.attend_backward`."""
     Hkv = k.shape[2]
-    s, cap_slope = _scores(q, k, visible, scale, softcap)
+    s, cap_slope = _scores(q, k, visible, scale, softcap, positional)
     m = torch.where(lse == -torch.inf, 0.0, lse)
     p = torch.exp(s - m[..., None])
     # unrounded, because delta is: autograd's softmax subtracts a delta that it sums from dp itself, so roundings cancel
     dp = torch.einsum("bihd,bjhd->bhij", dout.to(p.dtype), _repeat(v.to(p.dtype), q.shape[2]))
+    weights = None if positional is None else positional.weights(p.dtype)
+    stays, dp = (p, dp) if weights is None else (p * weights, dp * weights)
     ds = (p * (dp - delta[..., None]) * cap_slope * scale).to(q.dtype)
     grads = (
         (dq, torch.einsum("bhij,bjhd->bihd", ds, _repeat(k, q.shape[2]))),
         (dk, torch.einsum("bhij,bihd->bjhd", ds, q).unflatten(2, (Hkv, -1)).to(p.dtype).sum(3)),
-        (dv, torch.einsum("bhij,bihd->bjhd", p.to(q.dtype), dout).unflatten(2, (Hkv, -1)).to(p.dtype).sum(3)),
+        (dv, torch.einsum("bhij,bihd->bjhd", stays.to(q.dtype), dout).unflatten(2, (Hkv, -1)).to(p.dtype).sum(3)),
     )
     for into, grad in grads:
         if accumulate:
@@ -109,7 +133,9 @@ def attend_backward(
             into.copy_(grad)
 
 
-def _scores(q: Tensor, k: Tensor, visible: Visible, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+def _scores(
+    q: Tensor, k: Tensor, visible: Visible, scale: float, softcap: float, positional: Positional | None
+) -> tuple[Tensor, Tensor | float]:
     """Masked scores [B, Hq, Sq, Sk] in fp32 (fp64 for fp64), and the slope of the softcap at each."""
     s = torch.einsum("bihd,bjhd->bhij", q, _repeat(k, q.shape[2]))
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
@@ -117,6 +143,8 @@ def _scores(q: Tensor, k: Tensor, visible: Visible, scale: float, softcap: float
     if softcap:
         t = torch.tanh(s / softcap)
         s, slope = t * softcap, 1 - t * t
+    bias = None if positional is None else positional.bias(s.dtype)
+    s = s if bias is None else s + bias
     mask = visible.mask(k.shape[1])
     mask = mask if mask.ndim == 2 else mask[:, None]
     return s.masked_fill(~mask, -torch.inf), slope

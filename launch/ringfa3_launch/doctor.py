@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from ringfa3_launch import machine
@@ -108,7 +109,45 @@ def implementations(device: str) -> list[Finding]:
         if reason is None and name not in dispatch.AUTO:
             reason = "only where it is named: its memory is quadratic"
         found.append(Finding("kernels", name, "serves" if reason is None else "not chosen", "plain", reason or ""))
+    found.append(positional(typical_call("forward", device)))
+    found.append(fp8(typical_call("forward", device)))
     return found
+
+
+def positional(typical: Any) -> Finding:
+    """Who serves ALiBi and dropout, and why others that serve the call without them do not."""
+    from ringfa3_kernels import dispatch
+    from ringfa3_kernels.types import Unsupported
+
+    call = replace(typical, alibi=True, dropout=True)
+    try:
+        chosen = dispatch.choose(call).NAME
+        others = [name for name in dispatch.AUTO if dispatch.why_not(name, typical) is None and name != chosen]
+        lacking = [f"{name} {why}" for name in others if (why := dispatch.why_not(name, call)) is not None]
+    except (Unsupported, ImportError) as error:
+        return Finding("kernels", "ALiBi, dropout", None, "note", str(error))
+    return Finding("kernels", "ALiBi, dropout", chosen, "plain", "; ".join(lacking))
+
+
+def fp8(typical: Any) -> Finding:
+    """Which formats there are, and who serves attention on fp8: with v as the fastest implementation wants it."""
+    import torch
+
+    from ringfa3_kernels import dispatch, quantized
+    from ringfa3_kernels.types import Unsupported
+
+    formats = ", ".join(str(x).removeprefix("torch.float8_") for x in quantized.FORMATS)
+    if typical.device == "cuda" and typical.capability < quantized.CAPABILITY:
+        wanted, got = (".".join(map(str, x)) for x in (quantized.CAPABILITY, typical.capability))
+        return Finding("kernels", "fp8", None, "note", f"needs a GPU of capability {wanted} or newer, got {got}")
+    call = replace(typical, dtype=torch.float8_e4m3fn, blocks=(quantized.BLOCK,) * 3)
+    order = "keys" if dispatch.why_not("hopper", replace(call, v_order="keys")) is None else "rows"
+    try:
+        chosen = dispatch.choose(replace(call, v_order=order)).NAME
+    except (Unsupported, ImportError) as error:
+        return Finding("kernels", "fp8", None, "note", str(error))
+    detail = f"quantize writes {formats}; attend on them is served by {chosen}, v in order {order!r}"
+    return Finding("kernels", "fp8", chosen, "ok", detail)
 
 
 def typical_call(direction: str, device: str) -> Any:

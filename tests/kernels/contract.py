@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ringfa3_kernels import Partial, Unsupported, Visible, attend, attend_backward, row_delta
 from tests.kernels.oracle import Answer, Unlucky, assert_close, plain
+from tests.kernels.places import Places
 
 Sight = Callable[["Case", torch.Generator], Visible]
 
@@ -23,6 +24,8 @@ class Case:
 
     Args:
         layout: a key of LAYOUTS, for q, k, v and dout.
+        alibi: scores are biased by distance.
+        dropout: share of the probabilities that are dropped.
         cuts: where the keys are cut into shards, for the tests that continue a Partial; () cuts them nowhere.
     """
 
@@ -38,6 +41,8 @@ class Case:
     softcap: float = 0.0
     layout: str = "dense"
     cuts: tuple[int, ...] = ()
+    alibi: bool = False
+    dropout: float = 0.0
 
 
 def full(case: Case, _: torch.Generator) -> Visible:
@@ -134,6 +139,12 @@ CASES = (
     Case("head_dim not contiguous", 30, 40, causal, layout="spread", cuts=(20,)),
     Case("head_dim before rows", 30, 40, causal, layout="head_dim before rows", cuts=(20,)),
     Case("one batch row for all", 30, 40, causal, B=2, layout="expanded", cuts=(20,)),
+    Case("ALiBi", 70, 90, causal, Hq=3, Hkv=3, D=64, cuts=(45,), alibi=True),
+    Case("ALiBi, both ways, GQA 2, softcap", 40, 60, full, B=2, Hq=4, softcap=4.0, D=24, cuts=(20,), alibi=True),
+    Case("dropout", 80, 80, causal, D=64, cuts=(20, 60), dropout=0.2),
+    Case("dropout, GQA 2, softcap", 40, 60, full, B=2, Hq=4, D=16, softcap=4.0, cuts=(30,), dropout=0.6),
+    Case("ALiBi, dropout, ragged", 50, 60, ragged, B=2, Hq=4, D=16, cuts=(20, 40), alibi=True, dropout=0.3),
+    Case("ALiBi, dropout, scale below 0", 50, 50, causal, scale=-0.3, D=128, cuts=(25,), alibi=True, dropout=0.1),
 )
 
 
@@ -168,6 +179,7 @@ class Inputs:
     dout: Tensor
     dlse: Tensor
     visible: Visible
+    places: Places
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
@@ -179,7 +191,11 @@ class Inputs:
         q, k, v = draw(case.Sq, case.Hq), draw(case.Sk, case.Hkv), draw(case.Sk, case.Hkv)
         state = torch.promote_types(dtype, torch.float32)
         dlse = torch.randn(case.B, case.Sq, case.Hq, generator=generator).to(device, state).transpose(1, 2)
-        return cls(case, q, k, v, draw(case.Sq, case.Hq), dlse, case.sight(case, generator).to(device))
+        dout, visible = draw(case.Sq, case.Hq), case.sight(case, generator).to(device)
+        places = Places.draw(
+            case.B, case.Sq, case.Sk, case.Hq, alibi=case.alibi, dropout=case.dropout, generator=generator
+        ).to(device)
+        return cls(case, q, k, v, dout, dlse, visible, places)
 
     @property
     def state(self) -> torch.dtype:
@@ -199,6 +215,8 @@ class Inputs:
             dtype=dtype or self.q.dtype,
             scale=self.case.scale,
             softcap=self.case.softcap,
+            bias=self.places.bias(),
+            weights=self.places.weights(),
         )
 
     def shards(self) -> Iterator[tuple[slice, Visible]]:
@@ -241,7 +259,7 @@ def _check_one_draw(
     inputs = Inputs.draw(case, dtype, device, generator)
     if refused(impl, case, dtype, device):
         with pytest.raises(Unsupported, match=impl):
-            attend(inputs.q, inputs.k, inputs.v, inputs.visible, impl=impl)
+            attend(inputs.q, inputs.k, inputs.v, inputs.visible, impl=impl, **inputs.places.options())
         return
     getattr(Contract.of(impl, inputs), clause)()
 
@@ -249,7 +267,8 @@ def _check_one_draw(
 def refused(impl: str, case: Case, dtype: torch.dtype, device: str) -> bool:
     """Whether the implementation may, and must, answer with Unsupported."""
     if impl == "hopper":
-        return device == "cpu" or dtype not in (torch.bfloat16, torch.float16) or case.layout in UNALIGNED
+        unserved = case.layout in UNALIGNED or case.alibi or case.dropout > 0
+        return device == "cpu" or dtype not in (torch.bfloat16, torch.float16) or unserved
     return (impl, device, dtype) in UNSUPPORTED
 
 
@@ -309,8 +328,8 @@ class Contract:
             if last:
                 before = partial.out.clone()
                 final = Partial(before.clone(), partial.lse.clone())
-                narrow = self._attend(x.k[:, keys], x.v[:, keys], visible, into=final, out_dtype=x.q.dtype)
-            partial = self._attend(x.k[:, keys], x.v[:, keys], visible, into=partial)
+                narrow = self._attend(x.k[:, keys], x.v[:, keys], visible, keys, into=final, out_dtype=x.q.dtype)
+            partial = self._attend(x.k[:, keys], x.v[:, keys], visible, keys, into=partial)
             assert partial.out is held.out, "into.out is not what came back"
             assert partial.lse is held.lse, "into.lse is not what came back"
         self._close("out", partial.out)
@@ -330,7 +349,9 @@ class Contract:
         dq, dk, dv = self._gradients(0.0, x.state)
         for keys, visible in pieces:
             shard = [g[:, keys].clone() for g in (dk, dv)]
-            self._attend_backward(final.lse, delta, x.k[:, keys], x.v[:, keys], visible, [dq, *shard], accumulate=True)
+            self._attend_backward(
+                final.lse, delta, x.k[:, keys], x.v[:, keys], visible, [dq, *shard], keys, accumulate=True
+            )
             dk[:, keys], dv[:, keys] = shard
         for name, grad in (("dq", dq), ("dk", dk), ("dv", dv)):
             self._close(name, grad)
@@ -351,11 +372,19 @@ class Contract:
         x = self.inputs
         return [torch.full(t.shape, value, dtype=dtype, device=t.device) for t in (x.q, x.k, x.v)]
 
-    def _attend(self, k: Tensor, v: Tensor, visible: Visible, **options: object) -> Partial:
-        case = self.inputs.case
+    def _attend(self, k: Tensor, v: Tensor, visible: Visible, keys: slice = slice(None), **options: object) -> Partial:
+        case, places = self.inputs.case, self.inputs.places.options(keys)
         with stale_memory(self.impl):
             return attend(
-                self.inputs.q, k, v, visible, scale=case.scale, softcap=case.softcap, impl=self.impl, **options
+                self.inputs.q,
+                k,
+                v,
+                visible,
+                scale=case.scale,
+                softcap=case.softcap,
+                impl=self.impl,
+                **options,
+                **places,
             )
 
     def _attend_backward(
@@ -366,6 +395,7 @@ class Contract:
         v: Tensor,
         visible: Visible,
         grads: list[Tensor],
+        keys: slice = slice(None),
         *,
         accumulate: bool,
         deterministic: bool = False,
@@ -389,6 +419,7 @@ class Contract:
                 softcap=x.case.softcap,
                 deterministic=deterministic,
                 impl=self.impl,
+                **x.places.options(keys),
             )
 
 

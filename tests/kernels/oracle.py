@@ -33,11 +33,15 @@ def plain(
     dtype: torch.dtype,
     scale: float | None,
     softcap: float,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Answer:
     """Attention and its gradients by autograd, as one would write it, in `dtype` with the softmax in fp32 or wider.
 
     Args:
         mask: bool [B, Sq, Sk], True where visible.
+        bias: [B, Hq, Sq, Sk], added to the scores after the softcap.
+        weights: [B, Hq, Sq, Sk], dropout's factors on the probabilities.
     """
     q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
@@ -45,9 +49,13 @@ def plain(
     s = s.to(torch.promote_types(dtype, torch.float32)) * (q.shape[3] ** -0.5 if scale is None else scale)
     if softcap:
         s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias.to(s.dtype)
     seen = mask.any(-1)[:, None, :]  # rows that see nothing are left out of the softmax: it would be NaN there
     s = s.masked_fill(~mask[:, None], -torch.inf).masked_fill(~seen[..., None], 0.0)
     p = s.softmax(-1) * seen[..., None] if s.shape[-1] else s
+    if weights is not None:
+        p = p * weights.to(p.dtype)
     out = torch.einsum("bhij,bjhd->bihd", p.to(dtype), v.repeat_interleave(group, 2))
     lse = s.logsumexp(-1) if s.shape[-1] else torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device)
     loss = (out * dout.to(dtype)).to(s.dtype).sum() + (lse * dlse.to(s.dtype) * seen).sum()

@@ -22,24 +22,26 @@ REST = [
 KERNELS = ("forward", "keys", "queries")
 
 
-def allowed(case: Case, softcap: bool) -> int:
+def allowed(case: Case, softcap: bool, positional: bool = False) -> int:
     """Bytes of spills that the table admits."""
-    tile = config_of(case)
+    tile = config_of(case, positional)
     return tile.softcap_spills if softcap else tile.spills
 
 
-def config_of(case: Case) -> configs.TileConfig:
+def config_of(case: Case, positional: bool = False) -> configs.TileConfig:
     kernel, head_dim, dtype, family = case
-    return configs.pick(kernel, head_dim, getattr(torch, dtype), configs.CAPABILITY[family])
+    return configs.pick(kernel, head_dim, getattr(torch, dtype), configs.CAPABILITY[family], positional)
 
 
-def hold(case: Case, build: Build, *, softcap: bool = False, by_tma: bool = True) -> list[str]:
+def hold(
+    case: Case, build: Build, *, softcap: bool = False, by_tma: bool = True, positional: bool = False
+) -> list[str]:
     """What the build breaks of what the table promises."""
     _, _, dtype, family = case
-    tile = config_of(case)
+    tile = config_of(case, positional)
     broken = []
-    if build.spills > allowed(case, softcap):
-        broken.append(f"spills {build.spills} bytes, the table allows {allowed(case, softcap)}")
+    if build.spills > allowed(case, softcap, positional):
+        broken.append(f"spills {build.spills} bytes, the table allows {allowed(case, softcap, positional)}")
     if build.shared > configs.SHARED[family]:
         broken.append(f"takes {build.shared} bytes of shared memory, a block may have {configs.SHARED[family]}")
     if build.serialised and not tile.serialised:
@@ -65,6 +67,9 @@ for _family in ("sm90", "sm80"):
     _cases: list[Case] = [(kernel, 128, "bfloat16", _family) for kernel in KERNELS]
     JOBS[f"{_family} with a softcap"] = [(case, {"softcap": True}) for case in _cases]
     JOBS[f"{_family}, nothing to continue"] = [(case, {"continues": False, "wide_out": False}) for case in _cases]
+    _wide = _cases if _family == "sm90" else _cases[2:]
+    _placed: list[Case] = [("forward", 64, "bfloat16", _family), *_wide]
+    JOBS[f"{_family} with ALiBi and dropout"] = [(case, {"alibi": True, "dropout": True}) for case in _placed]
 JOBS["padded head_dims, fp16"] = [
     (("forward", 96, "float16", "sm90"), {}),
     (("keys", 96, "float16", "sm90"), {}),
@@ -75,7 +80,14 @@ JOBS["sm90 without TMA"] = [((kernel, 64, "bfloat16", "sm90"), {"tma": False}) f
 
 
 # what the newest Triton compiles too: every kernel for both families, and the widest tiles
-BOTH = ("bfloat16-sm90-64", "bfloat16-sm90-128", "bfloat16-sm90-256", "bfloat16-sm80-128", "sm90 with a softcap")
+BOTH = (
+    "bfloat16-sm90-64",
+    "bfloat16-sm90-128",
+    "bfloat16-sm90-256",
+    "bfloat16-sm80-128",
+    "sm90 with a softcap",
+    "sm90 with ALiBi and dropout",
+)
 
 
 @pytest.fixture(scope="module", params=["oldest", "newest"])
@@ -102,7 +114,8 @@ def test_kernels_compile_as_the_table_says(builds: dict[str, list[Build]], name:
     broken = []
     for (case, flags), build in zip(JOBS[name], builds[name], strict=True):
         print(case, flags, build)
-        broken += hold(case, build, softcap="softcap" in flags, by_tma=flags.get("tma", True))
+        positional = "alibi" in flags or "dropout" in flags
+        broken += hold(case, build, softcap="softcap" in flags, by_tma=flags.get("tma", True), positional=positional)
     assert not broken, "\n".join(broken)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from ringfa3_kernels import dispatch
 from ringfa3_launch import doctor, machine
 from ringfa3_launch.machine import Finding, communication, numbers, triton_pair
 
@@ -30,6 +33,9 @@ def test_on_cpu(environment: dict[str, str]) -> None:
     assert sections["kernels"]["forward"]["value"] == "aten"
     assert sections["kernels"]["portable"]["value"] == "not chosen"
     assert "CUDA" in sections["kernels"]["portable"]["detail"]
+    assert sections["kernels"]["ALiBi, dropout"]["value"] == "aten"
+    assert sections["kernels"]["fp8"]["value"] == "aten"
+    assert "e4m3fn, e5m2" in sections["kernels"]["fp8"]["detail"]
     assert sections["transport"]["auto"]["value"] == "ring"
     test = sections["self-test"]["ring"]["value"]
     assert test["world"] == 2
@@ -84,6 +90,26 @@ def test_broken_is_said_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "broken: versions torch" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["broken"] == ["versions: torch: cannot be imported: no such file"]
+
+
+def test_who_serves_alibi_and_dropout_and_why_others_do_not() -> None:
+    hopper = replace(doctor.typical_call("forward", "cpu"), device="cuda", capability=(9, 0), dtype=torch.bfloat16)
+    finding = doctor.positional(hopper)
+    if dispatch.why_not("portable", hopper) is None:  # not in Triton's interpreter
+        assert (finding.value, finding.detail) == ("portable", "hopper has no ALiBi")
+    else:
+        assert (finding.value, finding.status) == (None, "note")
+        assert "hopper: has no ALiBi" in finding.detail
+
+
+def test_fp8_is_served_where_the_gpu_has_it() -> None:
+    typical = doctor.typical_call("forward", "cpu")
+    finding = doctor.fp8(replace(typical, device="cuda", capability=(9, 0)))
+    assert (finding.value, finding.status) == ("hopper", "ok")
+    assert "v in order 'keys'" in finding.detail
+    old = doctor.fp8(replace(typical, device="cuda", capability=(8, 6)))
+    assert (old.value, old.status) == (None, "note")
+    assert old.detail == "needs a GPU of capability 8.9 or newer, got 8.6"
 
 
 def test_a_wrong_ring_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

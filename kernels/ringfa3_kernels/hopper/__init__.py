@@ -1,4 +1,4 @@
-"""Hopper (sm_90a) attention in Gluon, forward and backward: TMA, asynchronous wgmma, warp specialisation."""
+"""Hopper (sm_90a) attention in Gluon, forward (fp8 too) and backward: TMA, asynchronous wgmma, warp specialisation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ringfa3_kernels.call import Call
+from ringfa3_kernels.quantized import Quantized
 from ringfa3_kernels.types import Partial, Visible
 
 NAME = "hopper"
@@ -15,10 +16,27 @@ def unsupported(call: Call) -> str | None:
     """What this implementation lacks for a call, or None if it serves it."""
     if call.device != "cuda" or call.capability != (9, 0):
         return f"needs a GPU of compute capability 9.0, got {call.device} {call.capability[0]}.{call.capability[1]}"
-    if call.dtype not in (torch.bfloat16, torch.float16):
+    if call.blocks:
+        lacking = _unsupported_fp8(call)
+        if lacking:
+            return lacking
+    elif call.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {call.dtype}"
+    for asked, name in ((call.alibi, "ALiBi"), (call.dropout, "dropout")):
+        if asked:
+            return f"has no {name}"
     if not call.aligned:
         return "TMA needs head_dim contiguous, and pointers and all other strides that are multiples of 16 bytes"
+    return None
+
+
+def _unsupported_fp8(call: Call) -> str | None:
+    if call.dtype != torch.float8_e4m3fn:
+        return f"of fp8 it reads float8_e4m3fn, got {call.dtype}"
+    if call.v_order != "keys":
+        return f"of fp8 it reads v in order 'keys' (quantize's v_order), got {call.v_order!r}"
+    if len(set(call.blocks)) > 1:
+        return f"needs scales of one kind for q, k and v, got blocks {', '.join(map(str, call.blocks))}"
     return None
 
 
@@ -37,6 +55,23 @@ def attend(
     from ringfa3_kernels.hopper import launch  # here, so that asking `unsupported` needs no Triton
 
     return launch.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
+
+
+def attend_quantized(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float,
+    into: Partial | None,
+    out_dtype: torch.dtype,
+) -> Partial:
+    """`attend` of fp8 tensors, v in order "keys"."""
+    from ringfa3_kernels.hopper import fp8_launch
+
+    return fp8_launch.attend(q, k, v, visible, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype)
 
 
 def attend_backward(

@@ -23,6 +23,7 @@ from ringfa3_kernels.hopper.forward import attend_forward
 from ringfa3_kernels.types import Partial, Visible
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+NAMES[torch.float8_e4m3fn] = "fp8e4nv"
 QK_WAIT, PV_WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
 

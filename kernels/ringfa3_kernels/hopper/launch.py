@@ -253,6 +253,7 @@ GLUON_DTYPES: Mapping[torch.dtype, Any] = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
     torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
 }
 
 

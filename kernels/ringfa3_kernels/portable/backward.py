@@ -8,12 +8,14 @@ Both read q, dout [B, Sq, Hq, D], k, v [B, Sk, Hkv, D], lse, delta [B, Hq, Sq], 
 Visible.query_tiles or key_tiles; they store dq, dk, dv or add to them.
 Order of the products: S, dP, then dV, which runs while dS is computed, then dK or dQ, which runs on into the next step
 (Triton waits for a wgmma at once unless its result is only accumulated).
+What defaults to None is for ALiBi and dropout, as in the forward.
 Follows FlashAttention-2, algorithm 2 (arXiv 2307.08691).
 """
 
 import triton
 import triton.language as tl
 
+from ringfa3_kernels.portable.positional import biased, load_positions, load_slope, weights
 from ringfa3_kernels.portable.tiles import (
     LOG2E,
     dense_tile,
@@ -29,6 +31,7 @@ from ringfa3_kernels.portable.tiles import (
     do_not_specialize=[
         "q_b", "q_s", "q_h", "do_b", "do_s", "do_h", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h",
         "B", "Sq", "Sk", "Hkv", "group", "key_tiles", "heads_in_cache", "visible_b",
+        "q_pos_b", "k_pos_b", "slopes_b", "seed_low", "seed_high", "threshold", "first_head", "first_row",
     ]
 )  # fmt: skip
 def key_gradient_kernel(
@@ -44,6 +47,8 @@ def key_gradient_kernel(
     visible_b,  # 1 where lo, hi and bounds differ between batch rows, else 0
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    q_pos=None, k_pos=None, q_pos_b=None, k_pos_b=None, slopes=None, slopes_b=None,
+    seed_low=None, seed_high=None, threshold=None, rescale=None, first_head=None, first_row=None,
 ):  # fmt: skip
     tile, bh = program_tile(key_tiles, B * Hkv, heads_in_cache)
     batch, kv_head = bh // Hkv, bh % Hkv
@@ -62,6 +67,8 @@ def key_gradient_kernel(
 
     k_j = load_tile(k, batch, start, kv_head, k_s, Sk, BLOCK_N, HEAD_DIM, BLOCK_D, False, UNIT)
     v_j = load_tile(v, batch, start, kv_head, v_s, Sk, BLOCK_N, HEAD_DIM, BLOCK_D, False, UNIT)
+    if q_pos is not None:
+        k_pos_j = load_positions(k_pos, k_pos_b, batch, start, Sk, BLOCK_N)[:, None]
     dk_j = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # running sum of dS^T q, without the scale
     dv_j = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # running sum of P^T dout
     for step in tl.range(0, blocks * group):
@@ -79,14 +86,26 @@ def key_gradient_kernel(
         dp = tl.dot(v_j, do_i.T, input_precision=PRECISION)
         if SOFTCAP:
             t = tanh(s * to_log2)
-            p = tl.exp2(t * cap - lse_i[None, :])
+            s = t * cap
         else:
-            p = tl.exp2(s * to_log2 - lse_i[None, :])
+            s = s * to_log2
+        if q_pos is not None:
+            q_pos_i = load_positions(q_pos, q_pos_b, batch, row, Sq, BLOCK_M)[None, :]
+        if slopes is not None:
+            s = biased(s, q_pos_i, k_pos_j, load_slope(slopes, slopes_b, batch, head))
+        p = tl.exp2(s - lse_i[None, :])
         if (block < full_begin) | (block >= full_end):
             lo_i = tl.load(lo + visible_row + row + i, mask=in_rows, other=0)
             hi_i = tl.load(hi + visible_row + row + i, mask=in_rows, other=0)
             p = tl.where((j[:, None] >= lo_i[None, :]) & (j[:, None] < hi_i[None, :]), p, 0.0)
-        dv_j = tl.dot(p.to(do_i.dtype), do_i, dv_j, input_precision=PRECISION)
+        stays = p
+        if rescale is not None:
+            weight = weights(
+                q_pos_i, k_pos_j, head + first_head, batch + first_row, seed_low, seed_high, threshold, rescale
+            )
+            stays = p * weight
+            dp = dp * weight
+        dv_j = tl.dot(stays.to(do_i.dtype), do_i, dv_j, input_precision=PRECISION)
         delta_i = tl.load(delta + stat + i, mask=in_rows, other=0.0)
         ds = p * (dp - delta_i[None, :])
         if SOFTCAP:
@@ -103,6 +122,7 @@ def key_gradient_kernel(
     do_not_specialize=[
         "q_b", "q_s", "q_h", "do_b", "do_s", "do_h", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h",
         "B", "Sq", "Sk", "Hq", "group", "row_tiles", "heads_in_cache", "visible_b",
+        "q_pos_b", "k_pos_b", "slopes_b", "seed_low", "seed_high", "threshold", "first_head", "first_row",
     ]
 )  # fmt: skip
 def query_gradient_kernel(
@@ -118,6 +138,8 @@ def query_gradient_kernel(
     visible_b,  # 1 where lo, hi and bounds differ between batch rows, else 0
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    q_pos=None, k_pos=None, q_pos_b=None, k_pos_b=None, slopes=None, slopes_b=None,
+    seed_low=None, seed_high=None, threshold=None, rescale=None, first_head=None, first_row=None,
 ):  # fmt: skip
     tile, bh = program_tile(row_tiles, B * Hq, heads_in_cache)
     tile = row_tiles - 1 - tile
@@ -143,6 +165,10 @@ def query_gradient_kernel(
     stat = bh.to(tl.int64) * Sq + rows
     lse_i = tl.load(lse + stat, mask=in_rows, other=0.0) * LOG2E
     delta_i = tl.load(delta + stat, mask=in_rows, other=0.0)
+    if q_pos is not None:
+        q_pos_i = load_positions(q_pos, q_pos_b, batch, row, Sq, BLOCK_M)[:, None]
+    if slopes is not None:
+        slope = load_slope(slopes, slopes_b, batch, head)
     dq_i = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # running sum of dS k, without the scale
     for block in tl.range(begin, end):
         start = block * BLOCK_N
@@ -150,14 +176,23 @@ def query_gradient_kernel(
         s = tl.dot(q_i, k_j.T, input_precision=PRECISION)
         if SOFTCAP:
             t = tanh(s * to_log2)
-            p = tl.exp2(t * cap - lse_i[:, None])
+            s = t * cap
         else:
-            p = tl.exp2(s * to_log2 - lse_i[:, None])
+            s = s * to_log2
+        if q_pos is not None:
+            k_pos_j = load_positions(k_pos, k_pos_b, batch, start, Sk, BLOCK_N)[None, :]
+        if slopes is not None:
+            s = biased(s, q_pos_i, k_pos_j, slope)
+        p = tl.exp2(s - lse_i[:, None])
         if (block < full_begin) | (block >= full_end):
             j = start + tl.arange(0, BLOCK_N)
             p = tl.where((j[None, :] >= lo_i[:, None]) & (j[None, :] < hi_i[:, None]), p, 0.0)
         v_j = load_tile(v, batch, start, kv_head, v_s, Sk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, UNIT)
         dp = tl.dot(do_i, v_j.T, input_precision=PRECISION)
+        if rescale is not None:
+            dp *= weights(
+                q_pos_i, k_pos_j, head + first_head, batch + first_row, seed_low, seed_high, threshold, rescale
+            )
         ds = p * (dp - delta_i[:, None])
         if SOFTCAP:
             ds = ds * (1.0 - t * t)

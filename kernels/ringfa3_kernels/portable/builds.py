@@ -11,9 +11,13 @@ from ringfa3_kernels.portable.backward import key_gradient_kernel, query_gradien
 from ringfa3_kernels.portable.configs import CAPABILITY, TileConfig, padded, pick
 from ringfa3_kernels.portable.forward import forward_kernel
 from ringfa3_kernels.portable.launch import constants, options
+from ringfa3_kernels.portable.positional import ABSENT
 
 KERNELS: dict[str, Any] = {"forward": forward_kernel, "keys": key_gradient_kernel, "queries": query_gradient_kernel}
 MOVING = {"forward": ("k", "v"), "keys": ("q", "dout"), "queries": ("k", "v")}  # tiles that change from step to step
+POSITIONS = ("q_pos", "k_pos", "q_pos_b", "k_pos_b")  # arguments for both of the next
+ALIBI = ("slopes", "slopes_b")
+DROPOUT = ("seed_low", "seed_high", "threshold", "rescale", "first_head", "first_row")
 TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -27,6 +31,8 @@ def compile(
     tma: bool | None = None,
     wide_out: bool = True,
     config: dict[str, Any] | None = None,
+    alibi: bool = False,
+    dropout: bool = False,
 ) -> Build:
     """Compile one kernel as `launch` would launch it.
 
@@ -38,16 +44,20 @@ def compile(
         tma: False for what is launched where strides do not allow TMA.
         wide_out: outputs are fp32, not the inputs' dtype.
         config: fields of a TileConfig in place of the table's.
+        alibi, dropout: with slopes, with dropout.
     """
     inputs = getattr(torch, dtype)
-    tile = TileConfig(**config) if config else pick(kernel, head_dim, inputs, CAPABILITY[family])
+    tile = TileConfig(**config) if config else pick(kernel, head_dim, inputs, CAPABILITY[family], alibi or dropout)
     by_tma = tile.tma if tma is None else tma
     unit = 16 // inputs.itemsize
     flag = {"INTO" if kernel == "forward" else "ACCUMULATE": continues}
+    given = {*(POSITIONS if alibi or dropout else ()), *(ALIBI if alibi else ()), *(DROPOUT if dropout else ())}
+    absent = {name: None for name in ABSENT if name not in given}
+    types = _types(kernel, head_dim, inputs, tile, by_tma, torch.float32 if wide_out else inputs)
     return build(
         KERNELS[kernel],
-        _types(kernel, head_dim, inputs, tile, by_tma, torch.float32 if wide_out else inputs),
-        constants(tile, head_dim, by_tma, unit, 30.0 if softcap else 0.0) | flag,
+        {name: kind for name, kind in types.items() if name not in absent},
+        constants(tile, head_dim, by_tma, unit, 30.0 if softcap else 0.0) | flag | absent,
         capability=CAPABILITY[family],
         options=options(tile),
     )
@@ -62,8 +72,8 @@ def _types(
     descriptor = f"tensordesc<{element}[1,{rows},1,{padded(head_dim)}]>"
     types = dict.fromkeys(KERNELS[kernel].arg_names, "i32")
     types |= dict.fromkeys(("q", "dout", "k", "v"), f"*{element}")
-    types |= dict.fromkeys(("lo", "hi", "bounds"), "*i32")
-    types |= dict.fromkeys(("lse", "delta", "out_in", "lse_in"), "*fp32")
+    types |= dict.fromkeys(("lo", "hi", "bounds", "q_pos", "k_pos"), "*i32")
+    types |= dict.fromkeys(("lse", "delta", "out_in", "lse_in", "slopes"), "*fp32")
     types |= dict.fromkeys(("out", "dq", "dk", "dv"), f"*{TRITON_TYPE[out]}")
-    types |= dict.fromkeys(("to_log2", "cap", "scale"), "fp32")
+    types |= dict.fromkeys(("to_log2", "cap", "scale", "rescale"), "fp32")
     return types | dict.fromkeys(MOVING[kernel], descriptor) if tma else types

@@ -57,11 +57,19 @@ def family(capability: tuple[int, int]) -> str:
 
 
 @cache
-def pick(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> TileConfig:
-    """The tile config of "forward", "keys" (dk, dv) or "queries" (dq) for a head_dim, dtype and compute capability."""
+def pick(
+    kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int], positional: bool = False
+) -> TileConfig:
+    """The tile config of "forward", "keys" (dk, dv) or "queries" (dq) for a head_dim, dtype and compute capability.
+
+    Args:
+        positional: with ALiBi or dropout, which take registers.
+    """
     if dtype == torch.float32:
         return FLOAT32[kernel, padded(head_dim)]
     chosen, width = family(capability), padded(head_dim)
+    if positional and (kernel, width, chosen) in POSITIONAL:
+        return POSITIONAL[kernel, width, chosen]
     same = chosen == "sm86" and (kernel, width, chosen) not in TABLE
     return TABLE[kernel, width, "sm80" if same else chosen]
 
@@ -110,6 +118,15 @@ TABLE: dict[tuple[str, int, str], TileConfig] = {
     ("queries", 128, "sm80"): TileConfig(64, 64, 4, 2),
     ("queries", 256, "sm80"): TileConfig(64, 32, 8, 2),
     ("queries", 256, "sm86"): TileConfig(64, 16, 8, 2),
+}
+
+
+# Where the table's tiles would spill with ALiBi or dropout (up to 1,488 bytes at D 64 and 128). Not timed.
+POSITIONAL: dict[tuple[str, int, str], TileConfig] = {
+    ("forward", 64, "sm90"): _sm90(64, 64, 4, 3),
+    ("keys", 128, "sm90"): _sm90(16, 64, 4, 2),
+    ("forward", 64, "sm80"): TileConfig(128, 64, 8, 3),
+    ("queries", 128, "sm80"): TileConfig(64, 64, 8, 2),
 }
 
 

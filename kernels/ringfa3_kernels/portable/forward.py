@@ -4,12 +4,15 @@ Grid: 1-D, ceil(Sq / BLOCK_M) * B * Hq programs, the last rows first (under caus
 Reads q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D], lo and hi int32 [Sq] or [B, Sq], and the tile bounds of
 Visible.key_tiles; writes out [B, Sq, Hq, D] and lse [B, Hq, Sq], starting from nothing or from another Partial.
 Scores live in the log2 domain (scale * log2(e) is folded into exp2). A row that sees no key gets out 0, lse -inf.
+What defaults to None is for ALiBi (slopes) and dropout (seed_low to first_row), and positions for both: without them
+the compiled kernel is as if it knew neither.
 Follows FlashAttention-2 (arXiv 2307.08691).
 """
 
 import triton
 import triton.language as tl
 
+from ringfa3_kernels.portable.positional import biased, load_positions, load_slope, weights
 from ringfa3_kernels.portable.tiles import FLOOR, LN2, LOG2E, dense_tile, head_base, load_tile, program_tile, tanh
 
 
@@ -35,6 +38,7 @@ def online_softmax(s, m_i, l_i, lo_i, hi_i, start, masked, to_log2, cap, BLOCK_N
     do_not_specialize=[
         "q_b", "q_s", "q_h", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h",
         "B", "Sq", "Sk", "Hq", "group", "row_tiles", "heads_in_cache", "visible_b",
+        "q_pos_b", "k_pos_b", "slopes_b", "seed_low", "seed_high", "threshold", "first_head", "first_row",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -50,6 +54,8 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, INTO: tl.constexpr,
     PRECISION: tl.constexpr,
+    q_pos=None, k_pos=None, q_pos_b=None, k_pos_b=None, slopes=None, slopes_b=None,
+    seed_low=None, seed_high=None, threshold=None, rescale=None, first_head=None, first_row=None,
 ):  # fmt: skip
     tile, bh = program_tile(row_tiles, B * Hq, heads_in_cache)
     tile = row_tiles - 1 - tile
@@ -81,13 +87,28 @@ def forward_kernel(
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    if q_pos is not None:
+        q_pos_i = load_positions(q_pos, q_pos_b, batch, row, Sq, BLOCK_M)[:, None]
+    if slopes is not None:
+        slope = load_slope(slopes, slopes_b, batch, head)
     q_i = load_tile(q, batch, row, head, q_s, Sq, BLOCK_M, HEAD_DIM, BLOCK_D, False, UNIT)
     for j in tl.range(begin, end):
         start = j * BLOCK_N
         k_j = load_tile(k, batch, start, kv_head, k_s, Sk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, UNIT)
         s = tl.dot(q_i, k_j.T, input_precision=PRECISION)
         masked = (j < full_begin) | (j >= full_end)
-        p, m_i, l_i, alpha = online_softmax(s, m_i, l_i, lo_i, hi_i, start, masked, to_log2, cap, BLOCK_N, SOFTCAP)
+        if q_pos is not None:
+            k_pos_j = load_positions(k_pos, k_pos_b, batch, start, Sk, BLOCK_N)[None, :]
+        if slopes is not None:
+            s = tanh(s * to_log2) * cap if SOFTCAP else s * to_log2
+            s = biased(s, q_pos_i, k_pos_j, slope)
+            p, m_i, l_i, alpha = online_softmax(s, m_i, l_i, lo_i, hi_i, start, masked, 1.0, cap, BLOCK_N, False)
+        else:
+            p, m_i, l_i, alpha = online_softmax(s, m_i, l_i, lo_i, hi_i, start, masked, to_log2, cap, BLOCK_N, SOFTCAP)
+        if rescale is not None:  # l_i, and so lse, is of all probabilities
+            p *= weights(
+                q_pos_i, k_pos_j, head + first_head, batch + first_row, seed_low, seed_high, threshold, rescale
+            )
         acc = acc * alpha[:, None]
         v_j = load_tile(v, batch, start, kv_head, v_s, Sk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, UNIT)
         acc = tl.dot(p.to(v_j.dtype), v_j, acc, input_precision=PRECISION)

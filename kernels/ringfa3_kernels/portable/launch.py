@@ -13,6 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ringfa3_kernels.portable.backward import key_gradient_kernel, query_gradient_kernel
 from ringfa3_kernels.portable.configs import CACHE_BYTES, INTERPRETED, DecodeConfig, TileConfig, padded, pick
 from ringfa3_kernels.portable.forward import forward_kernel
+from ringfa3_kernels.portable.positional import arguments
+from ringfa3_kernels.positional import Positional
 from ringfa3_kernels.types import Partial, Visible
 
 LOG2E = 1.4426950408889634
@@ -33,6 +35,7 @@ def run_forward(
     softcap: float,
     into: Partial | None,
     out_dtype: torch.dtype,
+    positional: Positional | None = None,
     config: TileConfig | None = None,
 ) -> Partial:
     """Launch the forward kernel; see `ringfa3_kernels.attend`. `config` replaces the table's choice (for tuning)."""
@@ -40,7 +43,7 @@ def run_forward(
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     B, Sq, Hq, D = q.shape
     Sk, Hkv = k.shape[1:3]
-    config = config or _tiles("forward", q)
+    config = config or _tiles("forward", q, positional)
     q, k, v = (_readable(x) for x in (q, k, v))
     if into is None:
         out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
@@ -76,6 +79,7 @@ def run_forward(
             max(1, CACHE_BYTES // (2 * Sk * D * k.element_size())) * (Hq // Hkv),
             int(visible.lo.ndim == 2),
             INTO=into is not None,
+            **arguments(positional),
             **constants(config, D, tma, unit, softcap),
             **options(config),
         )
@@ -103,6 +107,7 @@ def run_backward(
     accumulate: bool,
     scale: float,
     softcap: float,
+    positional: Positional | None = None,
     keys: TileConfig | None = None,
     queries: TileConfig | None = None,
 ) -> None:
@@ -120,9 +125,10 @@ def run_backward(
     steps = strides(unit, q, dout, k, v)
     scales = *log2_domain(scale, softcap), scale
     batched = int(visible.lo.ndim == 2)
+    places = arguments(positional)
     with on_device(q):
         if dk is not None and dv is not None:
-            config = keys or _tiles("keys", q)
+            config = keys or _tiles("keys", q, positional)
             tma = config.tma and _describable(q, dout)
             moving = (_moving(x, config.block_m, tma) for x in (q, dout))
             tiles = triton.cdiv(Sk, config.block_n)
@@ -130,10 +136,10 @@ def run_backward(
             key_gradient_kernel[(tiles * B * Hkv,)](
                 *moving, k, v, *bounds, visible.query_tiles(config.block_m, config.block_n, Sk), lse, delta, dk, dv,
                 *scales, *steps, B, Sq, Sk, Hkv, group, tiles, heads_in_cache, batched,
-                ACCUMULATE=accumulate, **constants(config, D, tma, unit, softcap), **options(config),
+                ACCUMULATE=accumulate, **places, **constants(config, D, tma, unit, softcap), **options(config),
             )  # fmt: skip
         if dq is not None:
-            config = queries or _tiles("queries", q)
+            config = queries or _tiles("queries", q, positional)
             tma = config.tma and _describable(k, v)
             moving = (_moving(x, config.block_n, tma) for x in (k, v))
             tiles = triton.cdiv(Sq, config.block_m)
@@ -141,7 +147,7 @@ def run_backward(
             query_gradient_kernel[(tiles * B * Hq,)](
                 q, dout, *moving, *bounds, visible.key_tiles(config.block_m, config.block_n), lse, delta, dq,
                 *scales, *steps, B, Sq, Sk, Hq, group, tiles, heads_in_cache, batched,
-                ACCUMULATE=accumulate, **constants(config, D, tma, unit, softcap), **options(config),
+                ACCUMULATE=accumulate, **places, **constants(config, D, tma, unit, softcap), **options(config),
             )  # fmt: skip
 
 
@@ -170,11 +176,11 @@ def options(config: TileConfig | DecodeConfig) -> dict[str, Any]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **cap}
 
 
-def _tiles(kernel: str, x: Tensor) -> TileConfig:
+def _tiles(kernel: str, x: Tensor, positional: Positional | None) -> TileConfig:
     """The table's config for x's device, or the interpreter's."""
     if not x.is_cuda:
         return INTERPRETED
-    return pick(kernel, x.shape[3], x.dtype, torch.cuda.get_device_capability(x.device))
+    return pick(kernel, x.shape[3], x.dtype, torch.cuda.get_device_capability(x.device), positional is not None)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
