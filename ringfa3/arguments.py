@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from ringfa3.agree import Signature
+from ringfa3.fp8 import Fp8, check_fp8, served_order
 from ringfa3.layout import Layout, resolve
 from ringfa3.mask import Mask
 from ringfa3.mesh import Axes, line
+from ringfa3.places import check_alibi, check_dropout
 from ringfa3.plan import Plan
 from ringfa3.transport import choose
 from ringfa3.ulysses import deal_heads
-from ringfa3_kernels import Partial, attend, attend_backward
+from ringfa3_kernels import Dropout, Partial, Unsupported, attend, attend_backward
 from ringfa3_kernels.door import check_qkv, state_dtype
+from ringfa3_kernels.quantized import Order
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Arguments:
     impl: str
     grad: bool
     sinks: bool
+    fp8: Fp8 | None = None
+    v_order: Order = "rows"  # of quantised values, as the implementation wants them
+    alibi: Tensor | None = None
+    dropout: Dropout | None = None
 
     def signature(self, q: Tensor, k: Tensor) -> Signature:
         """What must be equal on all ranks. The rest may differ: impl, return_lse, async_op."""
@@ -56,6 +63,11 @@ class Arguments:
             ("deterministic", self.deterministic),
             ("sink_logits given", self.sinks),
             ("gradients wanted", self.grad),
+            ("fp8", repr(self.fp8)),  # Fp8(rotate=True) == Fp8(rotate=1), but they are not the same
+            ("order of fp8 values", self.v_order),
+            ("alibi_slopes", None if self.alibi is None else tuple(self.alibi.shape)),
+            ("dropout_p", 0.0 if self.dropout is None else self.dropout.p),
+            ("dropout_seed", None if self.dropout is None else self.dropout.seed),
         )
 
 
@@ -84,14 +96,22 @@ def check(
     deterministic: bool,
     mask: Mask | None,
     impl: str,
+    grad: bool,
+    fp8: Fp8 | None,
     world: int,
     rank: int,
     axes: Axes | None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    compared: bool = True,
 ) -> Arguments:
     """The call's arguments, if they go together on this rank; see `ring_attention`.
 
     Args:
+        grad: gradients are wanted.
         axes: of the group, where it is a mesh.
+        compared: the ranks compare their calls.
 
     Raises:
         ValueError: an argument is wrong; names it, what was wanted and what came.
@@ -120,13 +140,23 @@ def check(
         raise ValueError(f"softcap: wanted 0 (off) or a positive number, got {softcap}")
     if sink_logits is not None:
         _check_sinks(sink_logits, q)
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    alibi = check_alibi(alibi_slopes, q)
+    dropout = check_dropout(dropout_p, dropout_seed, compared=compared or world == 1)
+    if fp8 is not None and not (alibi is None and dropout is None):
+        raise Unsupported("fp8: wanted None beside alibi_slopes or dropout_p, which no kernel serves with it, got one")
     Hq, Hkv = q.shape[2], k.shape[2]
     if axes is not None:
         mine = deal_heads(Hq, Hkv, axes.ulysses)[axes.places[rank][0]]
         Hq, Hkv = mine.q.stop - mine.q.start, mine.kv.stop - mine.kv.start
     for backward in (False, True) if grad else (False,):
-        _serves(Hq, Hkv, q.shape[3], q.dtype, q.device, softcap, impl, deterministic, backward)
+        shape = Hq, Hkv, q.shape[3]
+        places = alibi is not None, dropout is not None
+        _serves(*shape, q.dtype, q.device, softcap, impl, deterministic, backward, *places)
+    v_order: Order = "rows"
+    if fp8 is not None:
+        check_fp8(q, fp8)
+        made = (Hq, Hkv, q.shape[3], q.dtype, q.device)
+        v_order = served_order(*made, softcap != 0, impl, fp8.block, fp8.rotate)
     return Arguments(
         mask,
         dealt,
@@ -139,6 +169,10 @@ def check(
         impl,
         grad,
         sink_logits is not None,
+        fp8,
+        v_order,
+        alibi,
+        dropout,
     )
 
 
@@ -224,17 +258,24 @@ def _serves(
     impl: str,
     deterministic: bool,
     backward: bool,
+    alibi: bool,
+    dropout: bool,
 ) -> None:
     """Raise now what the kernels' door would raise for such a call: in mid-ring, others would be left waiting."""
     q = torch.empty(1, 0, Hq, D, dtype=dtype, device=device)
     k = torch.empty(1, 0, Hkv, D, dtype=dtype, device=device)
-    state = attend(q, k, k, softcap=softcap, impl=impl)
+    places: dict[str, Any] = {"impl": impl}
+    if alibi or dropout:
+        nowhere = torch.empty(0, dtype=torch.int32, device=device)
+        slopes = torch.empty(Hq, device=device) if alibi else None
+        places |= {"positions": (nowhere, nowhere), "alibi": slopes, "dropout": Dropout(0.5, 0) if dropout else None}
+    state = attend(q, k, k, softcap=softcap, **places)
     if not backward:
-        attend(q, k, k, softcap=softcap, into=Partial.empty(q, state.out.dtype), out_dtype=dtype, impl=impl)
+        attend(q, k, k, softcap=softcap, into=Partial.empty(q, state.out.dtype), out_dtype=dtype, **places)
         return
     dq, dk, dv = (torch.empty(x.shape, dtype=state_dtype(dtype), device=device) for x in (q, k, k))
     for accumulate in (False, True):
         attend_backward(
             q, q, k, k, state.lse, state.lse, dq=dq, dk=dk, dv=dv, accumulate=accumulate, softcap=softcap,
-            deterministic=deterministic, impl=impl,
+            deterministic=deterministic, **places,
         )  # fmt: skip

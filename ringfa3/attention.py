@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringfa3 import arguments, profiling, shards
+from ringfa3 import arguments, places, profiling, shards
 from ringfa3.agree import BACKWARD, Agreement
 from ringfa3.arguments import Arguments
+from ringfa3.entrance import entrance, wants_grad
+from ringfa3.fp8 import Fp8, quantized_hops, rotated_back, rounded
 from ringfa3.gang import Gang
 from ringfa3.handle import Handle
 from ringfa3.lane import Lane, Tensors
@@ -29,13 +31,15 @@ from ringfa3.mesh import sliced
 from ringfa3.plan import Hop, Plan, on_axes
 from ringfa3.plan import plan as plan_for
 from ringfa3.shards import Group, members
+from ringfa3.sinks import with_sinks
 from ringfa3.transport import Transport
 from ringfa3.transport.choose import choose
 from ringfa3.ulysses import Alone, Heads, exchange, numbered, parts, ring_gang, ring_ranks
-from ringfa3_kernels import Partial, attend, attend_backward, row_delta
+from ringfa3_kernels import Partial, Quantized, attend, attend_backward, row_delta
 from ringfa3_kernels.door import state_dtype
 
 
+@entrance
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -56,9 +60,20 @@ def ring_attention(
     async_op: bool = False,
     mask: Mask | None = None,
     impl: str = "auto",
+    fp8: Fp8 | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     agree: bool | Agreement = True,
 ) -> Any:
     """Attention of this rank's queries over the keys of all ranks; every rank of the group must call.
+
+    Under torch.autocast q, k and v are cast to its dtype, as for torch's own attention. torch.compile (fullgraph) finds
+    an operator here, whose arguments are checked and agreed on when it runs; of the arguments below it takes names,
+    numbers, tensors, a group and a plan (another plan compiles nothing anew), and refuses the rest by name.
+
+    q, k and v may be DTensors, sharded on dim 1 over every axis of one mesh: so are the results then (lse on dim 2).
+    `group` is that mesh, and without layout and plan the layout is "contiguous", which is how DTensors lie.
 
     Args:
         q: [B, n, Hq, D] bf16, fp16 or fp32 (fp64 too, where an implementation serves it): this rank's rows of the
@@ -84,6 +99,16 @@ def ring_attention(
         async_op: return a `Handle` at once; its wait() gives the result. Calls of one group run in the order in which
             they were made, on every rank the same; so do their backward passes (ValueError where ranks differ).
         impl: implementation of the kernels; see `ringfa3_kernels.attend`.
+        fp8: round q, k and v to 8 bits, with scales, for the forward pass: its matrix products are done so, and half
+            the bytes of bf16 travel. The backward pass is that of a call without fp8; see `Fp8`.
+        alibi_slopes: fp32 [Hq] or [B, Hq], the same on every rank (their values are not compared): scores get
+            -slope * distance added, after the softcap, by global position. They get no gradient.
+        dropout_p: share of the probabilities that are dropped; the others are scaled by 1 / (1 - p). What is dropped
+            depends on the seed, the batch row, the head and both positions alone: not on the layout, the world, the
+            transport or the implementation. lse stays that of the whole softmax.
+        dropout_seed: an integer in [0, 2**64), the same on every rank. None: drawn from torch's default generator (the
+            CPU's), which torch.manual_seed must have set alike on all ranks: they compare, so agree=False wants a seed.
+            Its backward pass, and a checkpoint's recomputation, drop the same.
         agree: compare the call between the ranks first, and watch over them. An Agreement, for another timeout than
             300 s. False: neither; then shards that the layout does not deal evenly need a plan, and ranks that differ,
             die or stall are a hang or a crash.
@@ -100,6 +125,35 @@ def ring_attention(
             returns before its hops are done: the next call, `Handle.wait` or a backward pass raises it then, and what
             was computed since is worth nothing.
     """
+    task = prepare(
+        q, k, v, causal=causal, window=window, documents=documents, softcap=softcap, sink_logits=sink_logits,
+        scale=scale, plan=plan, layout=layout, transport=transport, deterministic=deterministic, mask=mask, impl=impl,
+        fp8=fp8, group=group, agree=agree, grad=wants_grad(q, k, v), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )  # fmt: skip
+    if not async_op:
+        return _finish(task, q, k, v, None, sink_logits, return_lse)
+    inputs = tuple(x.detach() for x in (q, k, v))  # shares the version counters
+    started = task.lane.start(lambda: task.forward(*inputs), inputs)
+    before = task.lane.latest() if task.lane.latest else None
+    handle: Handle[Any] = Handle(
+        started, (q, k, v), lambda result: _finish(task, q, k, v, result, sink_logits, return_lse), before
+    )
+    task.lane.latest = weakref.ref(handle)
+    return handle
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, *, plan: Plan | None, group: Group, agree: bool | Agreement, **options: Any
+) -> Task:
+    """What there is to do in a call, once its arguments are found right and all ranks agree; see `ring_attention`.
+
+    Args:
+        options: the other arguments that `arguments.check` takes.
+
+    Raises:
+        ValueError, Unsupported, RankFailed: as `ring_attention`.
+    """
     if not isinstance(agree, bool | Agreement):
         raise ValueError(f"agree: wanted True, False or an Agreement, got {agree!r}")
     group = plan.group if group is None and isinstance(plan, Plan) else group
@@ -109,10 +163,8 @@ def ring_attention(
     error: Exception | None = None
     try:
         asked = arguments.check(
-            q, k, v, causal=causal, window=window, documents=documents, softcap=softcap, sink_logits=sink_logits,
-            scale=scale, plan=plan, layout=layout, transport=transport, deterministic=deterministic, mask=mask,
-            impl=impl, world=world, rank=rank, axes=shards.axes(group),
-        )  # fmt: skip
+            q, k, v, plan=plan, world=world, rank=rank, axes=shards.axes(group), compared=agree is not False, **options
+        )
     except Exception as wrong:  # whatever it is, the others must hear of it before it is raised here
         error = wrong
     lengths: tuple[int, ...] | None = None
@@ -134,24 +186,14 @@ def ring_attention(
             watch.follow(part, ranks)
     heads = exchange(plan, q.shape[2], k.shape[2], q.device, group, hosts)
     transfer = _transport(asked, plan, k, heads, *ring_gang(plan, group, hosts))
-    task = _Task(
+    return Task(
         plan.ring, transfer, ring_ranks(plan), heads, gang.lane(q.device), asked, agreement, gang.number(),
         profiling.asked(),
     )  # fmt: skip
-    if not async_op:
-        return _finish(task, q, k, v, None, sink_logits, return_lse)
-    inputs = tuple(x.detach() for x in (q, k, v))  # shares the version counters
-    started = task.lane.start(lambda: task.forward(*inputs), inputs)
-    before = task.lane.latest() if task.lane.latest else None
-    handle: Handle[Any] = Handle(
-        started, (q, k, v), lambda result: _finish(task, q, k, v, result, sink_logits, return_lse), before
-    )
-    task.lane.latest = weakref.ref(handle)
-    return handle
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class Task:
     """One call's work, forward and backward, on whatever thread or stream runs it."""
 
     plan: Plan  # of the ring axis, on a mesh
@@ -168,11 +210,11 @@ class _Task:
         """out in q's dtype and lse, over all hops; where heads were traded, also the q, k, v and lse computed with."""
         with self._whole():
             if self.heads is None:
-                return self._forward(q, k, v)
+                return self._forward(q, k, v, fp8=self.asked.fp8)
             with self._range("forward heads out"):
                 qkv = self.heads.spread(q, k, v)
             with numbered(self.ranks):
-                out, lse = self._forward(*qkv)
+                out, lse = self._forward(*qkv, fp8=self.asked.fp8)
             with self._range("forward heads home"):
                 return (*self.heads.home(out, lse), *((*qkv, lse) if self.asked.grad else ()))
 
@@ -182,6 +224,8 @@ class _Task:
             self.agreement.agree(((BACKWARD, self.number),), 0)
         out, q, k, v, lse = saved
         with self._whole():
+            if self.asked.fp8 is not None and self.asked.fp8.gradients == "exact":
+                out, lse = self._recomputed(q, k, v)
             dout = torch.zeros_like(out) if dout is None else dout
             delta = row_delta(dout, out, dlse)
             if self.heads is None:
@@ -206,15 +250,27 @@ class _Task:
                 raise
             raise failure from error
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+    def _recomputed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out of this rank's rows and lse as computed with, from q, k and v as computed with, without fp8."""
+        with numbered(self.ranks):
+            out, lse = self._forward(q, k, v, fp8=None)
+        return (out if self.heads is None else self.heads.home(out, lse)[0]), lse
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, *, fp8: Fp8 | None) -> tuple[Tensor, Tensor]:
         asked, state = self.asked, None
         left = len(self.plan.hops)
-        for hop, (k_hop, v_hop) in self.transport.rotate((k, v), self.plan):
+        queries: Tensor | Quantized
+        rotation: Iterator[tuple[Hop, tuple[Any, ...]]]
+        if fp8 is None:
+            queries, rotation = q, self.transport.rotate((k, v), self.plan)
+        else:
+            queries, rotation = quantized_hops(self.transport, self.plan, q, k, v, fp8, asked.v_order)
+        for hop, (k_hop, v_hop) in rotation:
             left -= 1
             with self._range("forward", hop):
                 state = attend(
-                    q, k_hop, v_hop, hop.visible, scale=asked.scale, softcap=asked.softcap, into=state,
-                    out_dtype=None if left else q.dtype, impl=asked.impl,
+                    queries, k_hop, v_hop, hop.visible, scale=asked.scale, softcap=asked.softcap, into=state,
+                    out_dtype=None if left else q.dtype, impl=asked.impl, **self._places(hop),
                 )  # fmt: skip
         state = Partial.empty(q, q.dtype) if state is None else state
         return state.out, state.lse
@@ -224,6 +280,9 @@ class _Task:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients are fp32 from hop to hop, unless nothing has to be added to them."""
         asked = self.asked
+        through = asked.fp8 if asked.fp8 is not None and asked.fp8.gradients == "rounded" else None
+        if through is not None:
+            q, k, v = rounded(q, k, v, through)
         narrow = self.plan.world == 1 and not (self.heads is not None and self.heads.mine.shared)
         dq = torch.empty(q.shape, dtype=q.dtype if narrow else state_dtype(q.dtype), device=q.device)
         first = True
@@ -233,18 +292,28 @@ class _Task:
                 attend_backward(
                     dout, q, k_hop, v_hop, lse, delta, hop.visible, dq=dq, dk=dk, dv=dv, accumulate=not first,
                     scale=asked.scale, softcap=asked.softcap, deterministic=asked.deterministic, impl=asked.impl,
+                    **self._places(hop),
                 )  # fmt: skip
             first = False
         if first:
             dq.zero_()
-        return dq, *rotation.home()
+        dk, dv = rotation.home()
+        if through is not None:
+            dq, dk = rotated_back(dq, through), rotated_back(dk, through)
+        return dq, dk, dv
+
+    def _places(self, hop: Hop) -> dict[str, Any]:
+        """What the kernels are told of global positions, where something depends on them."""
+        heads = None if self.heads is None else self.heads.mine.q
+        return places.options(self.plan, hop, self.asked.alibi, self.asked.dropout, heads)
 
     def _range(self, name: str, hop: Hop | None = None) -> AbstractContextManager[None]:
         """A range in a profile, of a hop or of what has this name, where one was asked for."""
         if not self.named:
             return nullcontext()
         if hop is not None:
-            number, hops = self.plan.hops.index(hop) + 1, len(self.plan.hops)
+            sources = [each.source for each in self.plan.hops]
+            number, hops = sources.index(hop.source) + 1, len(sources)
             name = f"{name} hop {number} of {hops}, keys of rank {self.ranks[hop.source]}"
         return profiling.span(f"ringfa3 {name}")
 
@@ -253,7 +322,7 @@ class _RingAttention(torch.autograd.Function):
     """The task as one differentiable operation; `result` is its forward's, where that was started before."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: _Task, result: Tensors | None) -> Tensors:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: Task, result: Tensors | None) -> Tensors:
         out, lse, *computed_with = result or task.lane.run(lambda: task.forward(q, k, v))
         ctx.task = task
         ctx.save_for_backward(out, *(computed_with or (q, k, v, lse)))
@@ -269,16 +338,14 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _finish(
-    task: _Task, q: Tensor, k: Tensor, v: Tensor, result: Tensors | None, sinks: Tensor | None, return_lse: bool
+    task: Task, q: Tensor, k: Tensor, v: Tensor, result: Tensors | None, sinks: Tensor | None, return_lse: bool
 ) -> Tensor | Tensors:
     """What the caller gets, from the result of the hops (None: run them now)."""
     if task.agreement is not None:
         task.agreement.check()  # what was queued before the gang failed is worth nothing
     out, lse = _RingAttention.apply(q, k, v, task, result)
     if sinks is not None:
-        with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        out = (out * torch.exp(lse - with_sink).transpose(1, 2)[..., None]).to(q.dtype)
-        lse = with_sink
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 

@@ -140,6 +140,11 @@ class Gang:
         return group
 
 
+def gangs() -> tuple[Gang, ...]:
+    """Those of all living groups that this process has made calls in."""
+    return tuple(_gangs.values())
+
+
 def _of_members(group: dist.ProcessGroup, members: Sequence[int]) -> str:
     """Name of a group of these ranks of the group alone, over which symmetric memory can meet; made by them alone."""
     if len(members) in (1, dist.get_world_size(group)):  # who is alone meets nobody

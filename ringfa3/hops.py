@@ -38,7 +38,7 @@ class Hop:
 
     Args:
         source: rank whose shard the keys are from.
-        keys: which of its keys, a slice of local indices; the plan's needs[rank][source].
+        keys: which of its keys, a slice of local indices; the plan's `needs[rank][source]`.
         visible: what each of this rank's rows sees of that slice (index 0 is its first key), on the plan's device.
     """
 
@@ -108,6 +108,21 @@ def hops_of(
         for i, (source, hull) in enumerate(wanted.items())
     )
     return sent[size:].long(), hops
+
+
+def widened(keys: slice | None, block: int, length: int) -> slice | None:
+    """The smallest slice that holds these keys of a shard and ends at multiples of `block` keys, or with the shard."""
+    if keys is None:
+        return None
+    return slice(keys.start // block * block, min(-(-keys.stop // block) * block, length))
+
+
+def widened_hop(hop: Hop, keys: slice | None) -> Hop:
+    """The hop with more keys around those that its rows see."""
+    if keys is None or keys == hop.keys:
+        return hop
+    before = hop.keys.start - keys.start
+    return Hop(hop.source, keys, Visible(hop.visible.lo + before, hop.visible.hi + before))
 
 
 def _bounds(mask: Mask, positions: Ints32, rows: Dealing, keys: Dealing) -> tuple[NDArray[Any], NDArray[Any]]:

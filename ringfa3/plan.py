@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import count, repeat
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,13 +14,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringfa3 import shards
-from ringfa3.hops import Hop, Needs, checked_length, hops_of, needs_of
+from ringfa3.hops import Hop, Needs, checked_length, hops_of, needs_of, widened, widened_hop
 from ringfa3.layout import Dealing, Layout, deal, resolve
 from ringfa3.mask import Mask
 from ringfa3.mesh import Axes, sliced
 from ringfa3.shards import Group
 
 __all__ = ["Hop", "Plan", "plan"]
+
+
+_keys = count(2)  # torch.compile takes 0 and 1 for constants, other numbers for variables: a new plan compiles nothing
+_by_key: WeakValueDictionary[int, Plan] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +39,7 @@ class Plan:
         kv_lengths: keys that each rank holds; lengths, but for cross attention.
         positions: int64 [n], this rank's positions, ascending, on the plan's device (for RoPE).
         hops: own shard first, then rank - 1, rank - 2, ... (mod world): those sources alone that needs[rank] names.
-        needs: needs[r][s] is the slice of rank s's shard that rank r needs, None where it needs nothing. The same on
+        needs: `needs[r][s]` is the slice of rank s's shard that rank r needs, None where it needs nothing. The same on
             every rank, so it says what to send; hops follow it exactly. The slice is the hull of what r's rows see.
             Where runs have step 1 it is exact; under striped it can be too wide, or hold no key that a row sees, where
             windows or documents are shorter than about `world` positions.
@@ -42,6 +48,7 @@ class Plan:
             dealing count all ranks; hops and needs count those of the ring axis, and are of the whole shards there.
         ring: the plan of this rank on the ring axis, for the shard that its peers on the ulysses axis hold together;
             without a mesh the plan itself.
+        key: its number in this process, by which compiled code finds it again (`by_key`).
     """
 
     mask: Mask
@@ -59,6 +66,25 @@ class Plan:
     group: Group = None
     axes: Axes | None = None
     _ring: Plan | None = field(default=None, repr=False)
+    _aligned: dict[int, Plan | None] = field(default_factory=dict, init=False, repr=False)  # None: as it is
+    key: int = field(default_factory=lambda: next(_keys), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _by_key[self.key] = self
+
+    @staticmethod
+    def by_key(key: int) -> Plan:
+        """The living plan of this number.
+
+        Raises:
+            ValueError: it is gone.
+        """
+        found = _by_key.get(key)
+        if found is None:
+            raise ValueError(
+                f"plan: wanted one that lives while compiled code uses it, got number {key}, which is gone"
+            )
+        return found
 
     @staticmethod
     def build(
@@ -118,6 +144,21 @@ class Plan:
     def ring(self) -> Plan:
         """See the class."""
         return self._ring or self
+
+    def aligned(self, block: int) -> Plan:
+        """The plan with slices of keys that begin and end at multiples of `block` keys of a shard, or end with it.
+
+        Rows see the same keys. Kept; but not what is made while a CUDA graph is captured, which only replays compute.
+        """
+        assert self.ring is self  # of a mesh, its ring's plan has the hops
+        if block not in self._aligned:
+            needs = tuple(tuple(map(widened, row, repeat(block), self.kv_lengths)) for row in self.needs)
+            hops = tuple(widened_hop(hop, needs[self.rank][hop.source]) for hop in self.hops)
+            made = None if needs == self.needs else replace(self, needs=needs, hops=hops)
+            if made is not None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return made
+            self._aligned[block] = made
+        return self._aligned[block] or self
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's positions of a tensor that every rank holds whole, a copy; differentiable."""

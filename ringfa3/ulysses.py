@@ -27,8 +27,9 @@ from ringfa3.gang import Gang
 from ringfa3.mesh import RING, ULYSSES, along
 from ringfa3.plan import Hop, Plan
 from ringfa3.shards import Group
+from ringfa3.transport.cargo import Cargo, Tensors
 from ringfa3.transport.packing import Piece, add, room, zeros
-from ringfa3.transport.transport import KV
+from ringfa3.transport.transport import KV, Shard
 from ringfa3.transport.wire import Message, Wire
 from ringfa3_kernels.door import state_dtype
 
@@ -211,10 +212,11 @@ class Alone:
     def __init__(self, *, shared: bool) -> None:
         self.shared = shared
 
-    def rotate(self, kv: KV, plan: Plan) -> Iterator[tuple[Hop, KV]]:
+    def rotate(self, shard: Shard, plan: Plan) -> Iterator[tuple[Hop, Tensors]]:
         """See `Transport.rotate`."""
+        cargo = Cargo.of(shard)
         for hop in plan.hops:
-            yield hop, (kv[0][:, hop.keys], kv[1][:, hop.keys])
+            yield hop, cargo.read(hop.keys)
 
     def rotate_backward(self, kv: KV, plan: Plan) -> AloneHoming:
         """See `Transport.rotate_backward`."""
@@ -229,7 +231,7 @@ class AloneHoming:
         self._gradient = 2 if alone.shared else 1  # how many ranks add to it: one needs no wide sum
         self._own: Piece | None = None
 
-    def __iter__(self) -> Iterator[tuple[Hop, KV, KV]]:
+    def __iter__(self) -> Iterator[tuple[Hop, Tensors, KV]]:
         for hop, kv in self.alone.rotate(self.kv, self.plan):
             self._own = room(self.kv, hop.keys, gradient=self._gradient)
             yield hop, kv, self._own.read(hop.keys)

@@ -3,8 +3,9 @@
     from ringfa3.flash_attn import flash_attn_func  # instead of: from flash_attn import flash_attn_func
 
 Argument lists are those of flash-attn 2.7 and 2.8. What is more: fp32, gradients of softmax_lse, `deterministic` on
-every implementation, CPU tensors. What is less: dropout_p > 0 and alibi_slopes raise `Unsupported`. What differs: the
-softmax_lse of a row that sees no key is -inf (flash-attn's kernels leave +inf there, except with a cache).
+every implementation, CPU tensors. What differs: the softmax_lse of a row that sees no key is -inf (flash-attn's kernels
+leave +inf there, except with a cache), other places are dropped for the same seed, and the third thing that
+return_attn_probs returns is None.
 `bert_padding` is in `ringfa3.bert_padding`.
 """
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringfa3.flash_attn.operation import attention, check_shapes, refuse, sides, unpacked
+from ringfa3.flash_attn import places
+from ringfa3.flash_attn.operation import attention, check_shapes, sides, unpacked
 from ringfa3.flash_attn.recent import Recent
 from ringfa3_kernels import Visible
 
@@ -30,28 +31,32 @@ def flash_attn_func(
     Args:
         q: [B, Sq, Hq, D] bf16, fp16 or fp32.
         k, v: [B, Sk, Hkv, D], Hq a multiple of Hkv.
-        dropout_p, alibi_slopes: not served: anything but 0 and None raises.
+        dropout_p: share of the probabilities that are dropped, in [0, 1); the others are scaled by 1 / (1 - p). What is
+            dropped follows from torch.manual_seed alone, and is the same on every device.
         softmax_scale: factor on q.k; None: D ** -0.5.
         causal: no row sees keys beyond its position.
         window_size: (left, right): a row sees keys from position - left to position + right; -1 is unlimited.
         softcap: where not 0, scores become softcap * tanh(score / softcap).
+        alibi_slopes: fp32 [Hq] or [B, Hq]: -slope * distance is added to the scores, after the softcap. No gradient.
         deterministic: gradients bitwise equal from run to run, at some cost.
         return_attn_probs: also return softmax_lse, and None for the probabilities, which are never all in memory.
 
     Returns:
         out [B, Sq, Hq, D] in q's dtype, or (out, softmax_lse fp32 [B, Hq, Sq], None). Rows that see nothing have out 0
-        and softmax_lse -inf.
+        and softmax_lse -inf. softmax_lse is that of the whole softmax, biased but not dropped.
 
     Raises:
         ValueError: an argument is wrong; names it, what was wanted and what came.
-        Unsupported: dropout_p, alibi_slopes, or no implementation serves this call.
+        Unsupported: no implementation serves this call.
     """
-    refuse(dropout_p, alibi_slopes)
     left, right = sides(window_size, causal)
     check_shapes("[B, S, H, D]", q=q, k=k, v=v)
     bounds = q.shape[1], k.shape[1], left, right, q.device
     visible = _RECENT.get((), bounds, q.device, lambda: bottom_right(*bounds))
-    out, lse = attention(q, k, v, visible, softmax_scale=softmax_scale, softcap=softcap, deterministic=deterministic)
+    at = places.options(dropout_p, alibi_slopes, q, lambda: places.aligned(q.shape[1], k.shape[1], q.device))
+    out, lse = attention(
+        q, k, v, visible, softmax_scale=softmax_scale, softcap=softcap, deterministic=deterministic, places=at
+    )
     return (out, lse, None) if return_attn_probs else out
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringfa3.flash_attn.operation import check_shapes, refuse, sides
+from ringfa3.flash_attn.operation import check_shapes, sides
 from ringfa3.flash_attn.paged import check_block_table, check_pages, decodes, read_pages
+from ringfa3.flash_attn.places import at_end
 from ringfa3.flash_attn.rotary import check_tables, rotate
+from ringfa3.places import check_alibi
 from ringfa3_kernels import Visible, attend, decode
 from ringfa3_kernels.decode_door import MOST_ROWS, MOST_SPLITS
 from ringfa3_kernels.door import check_scalars
@@ -58,7 +60,8 @@ def flash_attn_with_kvcache(
         cache_batch_idx: int [B], which sequence of the cache is each of q's; None: the first is the first, and so on.
         cache_leftpad: int [B], the first key of each sequence that counts.
         block_table: int32 [B, blocks].
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as `flash_attn_func`.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as `flash_attn_func`. With slopes the cache is copied
+            first, however it lies.
         rotary_interleaved: see `rotary.rotate`.
         num_splits: a matter of speed: into how many parts a sequence's keys are split where q has at most 16 rows; 0:
             chosen from the shapes.
@@ -71,12 +74,12 @@ def flash_attn_with_kvcache(
     Raises:
         ValueError, Unsupported: as `flash_attn_func`; before anything is written.
     """
-    refuse(0.0, alibi_slopes)
     left, right = sides(window_size, causal)
     if not isinstance(num_splits, int) or num_splits < 0:
         raise ValueError(f"num_splits: wanted an integer of at least 0, got {num_splits!r}")
     _check_caches(q, k_cache, v_cache, k, v)
     check_scalars(softmax_scale, softcap, q.shape[3])
+    alibi = check_alibi(alibi_slopes, q)
     B, Sq = q.shape[:2]
     capacity = k_cache.shape[1]
     if block_table is not None:
@@ -106,7 +109,7 @@ def flash_attn_with_kvcache(
             _append(k_cache, v_cache, k, v, positions, table)
         visible = _visible(totals, leftpad, Sq, left, right, capacity)
         options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap}
-        pages = _pages(k_cache, v_cache, table, plain=plain) if Sq <= MOST_ROWS else None
+        pages = _pages(k_cache, v_cache, table, plain=plain) if Sq <= MOST_ROWS and alibi is None else None
         if pages is not None:
             splits = min(num_splits * B, MOST_SPLITS) or None
             partial = decode(q, *pages, visible, splits=splits, **options)
@@ -115,7 +118,8 @@ def flash_attn_with_kvcache(
                 keys, values = (x[:, : cache_seqlens + new] for x in (k_cache, v_cache))  # nothing to copy or to clean
             else:
                 keys, values = (read_pages(x, table, leftpad, totals) for x in (k_cache, v_cache))
-            partial = attend(q, keys, values, visible, out_dtype=q.dtype, **options)
+            at = None if alibi is None else at_end(totals, Sq, keys.shape[1])
+            partial = attend(q, keys, values, visible, out_dtype=q.dtype, positions=at, alibi=alibi, **options)
     out = partial.out.to(q.dtype)
     return (out, partial.lse) if return_softmax_lse else out
 

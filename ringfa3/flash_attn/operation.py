@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringfa3.entrance import autocasted, plain, sharded, traced
 from ringfa3_kernels import Unsupported, Visible, attend, attend_backward, row_delta
-
-
-def refuse(dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    """Raise Unsupported for what no kernel here computes."""
-    if dropout_p:
-        raise Unsupported(f"dropout_p: wanted 0, as ringfa3's kernels have no dropout, got {dropout_p}")
-    if alibi_slopes is not None:
-        raise Unsupported("alibi_slopes: wanted None, as ringfa3's kernels have no ALiBi, got slopes")
 
 
 def sides(window_size: Any, causal: bool) -> tuple[int, int]:
@@ -76,23 +69,39 @@ def attention(
     softmax_scale: float | None,
     softcap: float,
     deterministic: bool,
+    places: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Sq, Hq, D] in q's dtype and lse fp32 [B, Hq, Sq], both differentiable.
 
     Args:
-        q, k, v, visible, softcap: as `ringfa3_kernels.attend`; but any head_dim up to 256: it is padded.
+        q, k, v, visible, softcap: as `ringfa3_kernels.attend`; but any head_dim up to 256: it is padded. Under autocast
+            q, k and v are cast to its dtype.
         softmax_scale: None: D ** -0.5.
+        places: `attend`'s positions, alibi and dropout, where they are wanted: see `places.options`.
 
     Raises:
         ValueError, Unsupported: as `ringfa3_kernels.attend`.
     """
+    compiled = False
+    if not plain(q, k, v):
+        if sharded(q, k, v):
+            raise ValueError("q: wanted tensors of one device, got DTensors, which ring_attention takes")
+        q, k, v = autocasted(q, k, v)
+        compiled = traced(q, k, v)
     D = q.shape[-1]
     missing = -D % 8
     if missing and softmax_scale is None:
         softmax_scale = D**-0.5
     if missing:  # zeros add nothing to a score, and their columns of out are cut off
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
-    out, lse = _Attention.apply(q, k, v, visible, softmax_scale, softcap, bool(deterministic))
+    if compiled:
+        if places:
+            raise Unsupported("places: wanted no dropout_p and no alibi_slopes of fake tensors, got some")
+        bounds = (visible.lo, visible.hi) if visible.kind == "intervals" else (None, None)
+        options = softmax_scale, softcap, bool(deterministic)
+        out, lse = torch.ops.ringfa3.attend(q, k, v, *bounds, visible.kind, *options)
+    else:
+        out, lse = _Attention.apply(q, k, v, visible, softmax_scale, softcap, bool(deterministic), places or {})
     return (out[..., :D] if missing else out), lse
 
 
@@ -109,10 +118,11 @@ class _Attention(torch.autograd.Function):
         scale: float | None,
         softcap: float,
         deterministic: bool,
+        places: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        partial = attend(q, k, v, visible, scale=scale, softcap=softcap, out_dtype=q.dtype)
+        partial = attend(q, k, v, visible, scale=scale, softcap=softcap, out_dtype=q.dtype, **places)
         ctx.visible, ctx.deterministic = visible, deterministic
-        ctx.options = {"scale": scale, "softcap": softcap}
+        ctx.options = {"scale": scale, "softcap": softcap, **places}
         ctx.save_for_backward(q, k, v, partial.out, partial.lse)
         ctx.set_materialize_grads(False)
         return partial.out, partial.lse
@@ -128,4 +138,4 @@ class _Attention(torch.autograd.Function):
             dout, q, k, v, lse, delta, ctx.visible, dq=dq, dk=dk, dv=dv, accumulate=False,
             deterministic=ctx.deterministic, **ctx.options,
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringfa3.flash_attn.operation import attention, check_shapes, refuse, sides, unpacked
+from ringfa3.flash_attn import padded, places
+from ringfa3.flash_attn.operation import attention, check_shapes, sides, unpacked
 from ringfa3.flash_attn.paged import check_block_table, check_pages, decodes, read_pages
 from ringfa3.flash_attn.recent import Recent
 from ringfa3_kernels import Visible, decode
@@ -49,6 +50,8 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length. Results do not depend on them.
         block_table: int32 [B, blocks], the pages of each sequence in order; what of them lies past its end may hold
             anything. Where max_seqlen_q is more than 1 they are gathered first: memory for B * blocks * page keys.
+        alibi_slopes: fp32 [Hq] or [B, Hq]; sequences with slopes of their own are padded to the longest first. Distance
+            is counted in the sequence, whose last row stands at its last key.
 
     Returns:
         out [total_q, Hq, D], or (out, softmax_lse fp32 [Hq, total_q], None).
@@ -56,18 +59,29 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, Unsupported: as `flash_attn_func`.
     """
-    refuse(dropout_p, alibi_slopes)
     reach = sides(window_size, causal)
     check_shapes("[total, H, D]", q=q)
     check_tensors(q, cu_seqlens_q, cu_seqlens_k)
     longest = _length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_k", max_seqlen_k)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "deterministic": deterministic}
-    if block_table is None:
-        check_shapes("[total, H, D]", k=k, v=v)
+    check_shapes("[total, H, D]" if block_table is None else "[P, page, H, D]", k=k, v=v)
+    several = cu_seqlens_q.numel() > 2 and q.numel() and k.numel() and min(longest)
+    if several and isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2:
+        out, lse = _by_sequence(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, longest, reach, block_table, dropout_p, alibi_slopes, options
+        )
+    elif block_table is None:
         visible = _visible(q, k.shape[0], cu_seqlens_q, cu_seqlens_k, longest, reach)
+        options["places"] = places.options(
+            dropout_p, alibi_slopes, q[None], lambda: _positions(q, k.shape[0], cu_seqlens_q, cu_seqlens_k[1:])
+        )
         out, lse = (x[0] for x in attention(q[None], k[None], v[None], visible, **options))
     else:
-        check_shapes("[P, page, H, D]", k=k, v=v)
+        keys = block_table.numel() * k.shape[1] if isinstance(block_table, Tensor) else 0
+        ends = _page_ends(cu_seqlens_k, keys)
+        options["places"] = places.options(
+            dropout_p, alibi_slopes, q[None], lambda: _positions(q, keys, cu_seqlens_q, ends)
+        )
         out, lse = _over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, reach, block_table, options)
     return (out, lse, None) if return_attn_probs else out
 
@@ -135,7 +149,7 @@ def bounds_of_rows(
     row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens_q.device)
     if B == 0:
         return torch.zeros_like(row), torch.zeros_like(row), torch.zeros_like(row)
-    found = torch.searchsorted(cu_seqlens_q[1:], row, right=True, out_int32=True)
+    found = whose_rows(cu_seqlens_q, rows)
     sequence = found.clamp(max=B - 1)
     length = cu_seqlens_k.diff()[sequence]
     p = row - cu_seqlens_q[1:][sequence] + length  # counted from the sequence's first key, below its length
@@ -143,6 +157,12 @@ def bounds_of_rows(
     lo = torch.minimum((p - left).clamp_(min=0), length) if 0 <= left < 2**30 else torch.zeros_like(p)
     hi = torch.minimum((p + (min(right, rows) + 1)).clamp_(min=0), length) if right >= 0 else length
     return sequence, torch.where(found == B, length, lo), hi  # past the last sequence hi is its length already
+
+
+def whose_rows(cu_seqlens_q: Tensor, rows: int) -> Tensor:
+    """Which sequence each packed row is of, int32 [rows]; past the last sequence one more than there are."""
+    row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens_q.device)
+    return torch.searchsorted(cu_seqlens_q[1:], row, right=True, out_int32=True)
 
 
 def check_cu_seqlens(of: str, cu_seqlens: Tensor, total: int, longest: int, capacity: int | None = None) -> None:
@@ -187,6 +207,19 @@ def _visible(
     return _RECENT.get((cu_seqlens_q, cu_seqlens_k), (rows, keys, longest, reach), q.device, make)
 
 
+def _positions(q: Tensor, keys: int, cu_seqlens_q: Tensor, key_ends: Tensor) -> places.Positions:
+    """Where packed rows and keys stand; see `places.packed`."""
+    sequence = whose_rows(cu_seqlens_q, q.shape[0]).clamp_(max=max(key_ends.numel() - 1, 0))
+    return places.packed(sequence, cu_seqlens_q[1:], key_ends, keys)
+
+
+def _page_ends(cu_seqlens_k: Tensor, keys: int) -> Tensor:
+    """Past the last key of each sequence, where each has as much room as the others of so many keys: int32 [B]."""
+    lengths = cu_seqlens_k.diff()
+    room = keys // max(lengths.numel(), 1)
+    return lengths + room * torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device)
+
+
 def _over_pages(
     q: Tensor,
     k: Tensor,
@@ -199,16 +232,13 @@ def _over_pages(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """out [rows, Hq, D] and lse [Hq, rows] of packed rows over pages: one row a sequence is decoding."""
-    rows, B, page = q.shape[0], cu_seqlens_q.numel() - 1, k.shape[1]
-    check_block_table(block_table, q, B)
-    capacity = block_table.shape[1] * page
-    check_cu_seqlens("q", cu_seqlens_q, rows, longest[0])
-    check_cu_seqlens("k", cu_seqlens_k, B * capacity, longest[1], capacity)
-    lengths = cu_seqlens_k.diff()
-    check_pages(block_table, lengths, *k.shape[:2])
+    rows, B = q.shape[0], cu_seqlens_q.numel() - 1
+    lengths = _paged_lengths(q, k, cu_seqlens_q, cu_seqlens_k, longest, block_table)
+    capacity = block_table.shape[1] * k.shape[1]
     sequence, lo, hi = bounds_of_rows(cu_seqlens_q, cu_seqlens_k, rows, *reach)
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if longest[0] == 1 and B and not graded and decodes(k) and decodes(v) and q.shape[2] % 8 == 0:
+    bare = not graded and not options["places"]
+    if longest[0] == 1 and B and bare and decodes(k) and decodes(v) and q.shape[2] % 8 == 0:
         partial = decode(
             q[:, None], k, v, block_table.index_select(0, sequence), Visible(lo[:, None], hi[:, None]),
             scale=options["softmax_scale"], softcap=options["softcap"],
@@ -218,6 +248,51 @@ def _over_pages(
     k, v = (read_pages(x, block_table, 0, lengths).flatten(0, 1)[None] for x in (k, v))
     out, lse = attention(q[None], k, v, visible, **options)
     return out[0], lse[0]
+
+
+def _by_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest: tuple[int, int],
+    reach: tuple[int, int],
+    block_table: Tensor | None,
+    dropout_p: float,
+    alibi_slopes: Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """out [rows, Hq, D] and lse [Hq, rows] of packed rows whose sequences have slopes [B, Hq] of their own."""
+    rows = q.shape[0]
+    if block_table is None:
+        check_cu_seqlens("q", cu_seqlens_q, rows, longest[0])
+        check_cu_seqlens("k", cu_seqlens_k, k.shape[0], longest[1])
+        lengths = cu_seqlens_k.diff()
+        k, v = (padded.pad(x, cu_seqlens_k, longest[1]) for x in (k, v))
+    else:
+        lengths = _paged_lengths(q, k, cu_seqlens_q, cu_seqlens_k, longest, block_table)
+        k, v = (read_pages(x, block_table, 0, lengths) for x in (k, v))
+    sequence, lo, hi = bounds_of_rows(cu_seqlens_q, cu_seqlens_k, rows, *reach)
+    visible, positions = padded.seen((lo, hi), cu_seqlens_q, lengths, (longest[0], k.shape[1]))
+    q = padded.pad(q, cu_seqlens_q, longest[0])
+    at = places.options(dropout_p, alibi_slopes, q, lambda: positions)
+    out, lse = attention(q, k, v, visible, places=at, **options)
+    return padded.unpad(out, lse, cu_seqlens_q, sequence, rows)
+
+
+def _paged_lengths(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest: tuple[int, int], block_table: Tensor
+) -> Tensor:
+    """Keys of each sequence, int32 [B]; lengths and pages are checked."""
+    B, page = cu_seqlens_q.numel() - 1, k.shape[1]
+    check_block_table(block_table, q, B)
+    capacity = block_table.shape[1] * page
+    check_cu_seqlens("q", cu_seqlens_q, q.shape[0], longest[0])
+    check_cu_seqlens("k", cu_seqlens_k, B * capacity, longest[1], capacity)
+    lengths = cu_seqlens_k.diff()
+    check_pages(block_table, lengths, *k.shape[:2])
+    return lengths
 
 
 def check_tensors(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

@@ -1,11 +1,16 @@
-"""Hugging Face transformers: models whose attention runs over a sequence that is sharded across ranks.
+"""Hugging Face transformers: attn_implementation="ringfa3", and models that run over a sequence sharded across ranks.
+
+Importing this module registers the name; a model then has our attention on one rank, for training and generation:
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="ringfa3")
 
     plan = ringfa3.plan(Mask(), "zigzag", seqlen)
-    with sequence_parallel(model, plan):
+    with sequence_parallel(model, plan):  # over the ranks of a group, whatever the model's attention was
         out = model(input_ids=plan.shard(ids), shift_labels=plan.labels(ids))
 
 The way of a layer's attention: transformers asks the registered mask function for each kind of layer's mask and gets a
-Sight (no S x S tensor), hands it to every layer as its attention_mask, and the layer hands it to `attention`.
+Sight (no S x S tensor), hands it to every layer as its attention_mask, and the layer hands it to `attention`. On one
+rank it is a View, and `one_rank.attention`; `context_parallel` shards and weighs the loss as well.
 """
 
 from __future__ import annotations
@@ -13,60 +18,66 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ringfa3.attention import ring_attention
+from ringfa3.fp8 import Fp8
+from ringfa3.integrations import one_rank
+from ringfa3.integrations.compiled import Now, check_compiled, special
 from ringfa3.integrations.sharded_cache import ShardedCache, attend_sharded
+from ringfa3.integrations.words import HARMLESS, check, check_rotary, padding_documents, rows_first, rules
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
 from ringfa3.plan import plan as make_plan
 from ringfa3_kernels import Visible
 
-NAME = "ringfa3"  # the attn_implementation
+__all__ = [
+    "HARMLESS",
+    "NAME",
+    "SHARDED",
+    "Call",
+    "ShardedCache",
+    "Sight",
+    "attention",
+    "padding_documents",
+    "rules",
+    "sequence_parallel",
+]
 
-# What models pass to attention functions that does not change what attention is; anything else is refused by name.
-HARMLESS = frozenset(
-    {
-        "cache_position",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",
-        "return_dict",
-        "shift_labels",
-        "use_cache",
-    }
-)
+NAME = "ringfa3"  # the attn_implementation on one rank
+SHARDED = "ringfa3_sequence_parallel"  # what models have within sequence_parallel
 
 
-@dataclass(frozen=True, eq=False)
 class Sight:
     """What the rows of one kind of layer see; it travels through the model in the place of an attention mask.
+
+    No dataclass: FSDP's mixed precision takes those apart, among the arguments of every layer, and casts their tensors.
 
     Args:
         mask: the layers' own.
         plan: how the rows are sharded; in the prefill, with that mask.
-        options: for `ring_attention`: transport, deterministic, impl.
+        options: for `ring_attention`: transport, deterministic, impl, fp8.
         step: for tokens after the prefill, what they see of this rank's cached keys; else None.
     """
 
-    mask: Mask
-    plan: Plan
-    options: dict[str, Any]
-    step: Visible | None = None
+    def __init__(self, mask: Mask, plan: Plan, options: dict[str, Any], step: Visible | None = None) -> None:
+        self.mask, self.plan, self.options, self.step = mask, plan, options, step
 
 
 @contextmanager
 def sequence_parallel(
-    model: PreTrainedModel, plan: Plan, *, transport: str = "auto", deterministic: bool = False, impl: str = "auto"
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    transport: str = "auto",
+    deterministic: bool = False,
+    impl: str = "auto",
+    fp8: Fp8 | None = None,
 ) -> Iterator[None]:
     """Within, model(...) takes this rank's shard of a sequence, and every layer attends to the whole of it.
 
@@ -86,6 +97,7 @@ def sequence_parallel(
         model: any model that goes through transformers' AttentionInterface.
         plan: `ringfa3.plan(Mask(documents=...), layout, seqlen, group)`.
         transport, deterministic, impl: as `ring_attention` has them.
+        fp8: as `ring_attention` has it, of every layer; tokens after the prefill read unrounded keys.
 
     Raises:
         ValueError: the plan holds what the model has to say, or the model cannot take another attention. Calls of the
@@ -95,10 +107,10 @@ def sequence_parallel(
         raise ValueError(f"model: wanted a transformers.PreTrainedModel, got {type(model).__name__}")
     if plan.mask != Mask(plan.mask.causal, documents=plan.mask.documents) or plan.kv_seqlen != plan.seqlen:
         raise ValueError(f"plan: wanted a mask of documents alone, the rest is the model's to say, got {plan.mask}")
-    call = _Call(model, plan, {"transport": transport, "deterministic": deterministic, "impl": impl})
+    call = Call(model, plan, {"transport": transport, "deterministic": deterministic, "impl": impl, "fp8": fp8})
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    model.set_attn_implementation(SHARDED)
+    if model.config._attn_implementation != SHARDED:
         raise ValueError(f"model: wanted one that uses transformers' AttentionInterface, got {type(model).__name__}")
     hooks = (
         model.register_forward_pre_hook(call.begin, with_kwargs=True),
@@ -136,18 +148,11 @@ def attention(
             f"attention_mask: wanted the model to make its mask with transformers.masking_utils, within "
             f"sequence_parallel, got {type(attention_mask).__name__} in {type(module).__name__}"
         )
-    if dropout:
-        raise ValueError(f"dropout: wanted 0, got {dropout}: set the config's attention_dropout to 0")
-    causal = kwargs.pop("is_causal", None)
-    if causal not in (None, attention_mask.mask.causal):
-        raise ValueError(f"is_causal: wanted what the layer's mask has, {attention_mask.mask.causal}, got {causal}")
-    for name, given in kwargs.items():
-        if name not in HARMLESS and given is not None and given is not False:
-            raise ValueError(f"{name}: wanted none (ringfa3's attention cannot honour it), got {type(given).__name__}")
-    window = attention_mask.mask.window
-    if sliding_window is not None and window != (sliding_window - 1, 0):
-        raise ValueError(f"sliding_window: wanted what the layer's mask has, {window}, got {sliding_window}")
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    check(
+        attention_mask.mask, dropout=dropout, sliding_window=sliding_window, is_causal=kwargs.pop("is_causal", None),
+        others=kwargs,
+    )  # fmt: skip
+    q, k, v = rows_first(query, key, value)
     if attention_mask.step is not None:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             raise ValueError("past_key_values: wanted torch.no_grad() for tokens after the prefill, got gradients")
@@ -170,8 +175,8 @@ def attention(
     return out, None
 
 
-class _Call:
-    """The forward passes of the model given to sequence_parallel: from the arguments of one to its layers' Sights."""
+class Call:
+    """Forward passes of a model under a plan: from the arguments of one to its layers' Sights."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan, options: dict[str, Any]) -> None:
         self.plan = plan
@@ -181,6 +186,9 @@ class _Call:
         self.cache: ShardedCache | None = None
         self.rows = 0
         self.step = False  # whether the pass follows the prefill
+        self.compiled = Sight(plan.mask, plan, options)  # of every layer, where the whole model is compiled
+        self.special: tuple[str, ...] = ()  # arguments of the pass that it would have to know of
+        self.config = model.config
         if "position_ids" not in self.names:
             raise ValueError(f"model: wanted one that takes position_ids, got {type(model).__name__}")
 
@@ -200,7 +208,11 @@ class _Call:
             raise ValueError(
                 f"{name}: wanted this rank's {mine} of {self.plan.seqlen} positions, plan.shard(...), got {self.rows}"
             )
+        check_rotary(model.config, self.plan.seqlen)
         padding = given.get("attention_mask")
+        self.special = special(given)
+        if torch.compiler.is_compiling():
+            check_compiled(model.config, self.plan, self.special)
         self.documents = self._documents(padding, x.shape[0])
         positions_given = given.get("position_ids") is not None
         given["position_ids"] = self._positions(given.get("position_ids"), padding, x.device)
@@ -281,6 +293,8 @@ class _Call:
 
     def _positions(self, given: Tensor | None, padding: Tensor | None, device: torch.device) -> Tensor:
         """position_ids of the pass, [1 or B, rows]: global, or restarting with every document if they were given so."""
+        if given is None and padding is None and not self.step:
+            return self.plan.positions[None].to(device)
         p, seqlen, documents = self.plan.dealing.positions(self.plan.rank), self.plan.seqlen, self.documents
         if self.step:
             assert self.cache is not None
@@ -305,7 +319,7 @@ class _Call:
         return given
 
 
-_NOW: ContextVar[_Call | None] = ContextVar("ringfa3 forward pass", default=None)  # for `see`, which gets no module
+_NOW: Now[Call] = Now("ringfa3 forward pass")  # for `see`, which gets no module
 
 
 def see(
@@ -318,74 +332,17 @@ def see(
     call = _NOW.get()
     if call is None:
         raise ValueError(
-            f"attn_implementation: wanted a call of the model within sequence_parallel for {NAME!r}, got none"
+            f"attn_implementation: wanted a call of the model within sequence_parallel for {SHARDED!r}, got none"
         )
     if attention_mask is not None:
         raise ValueError("attention_mask: wanted the one given to the model, got another made inside it")
+    if torch.compiler.is_compiling():  # functions that are made while tracing cannot be looked into
+        check_compiled(call.config, call.plan, call.special)
+        return call.compiled
     return call.sight(mask_function, q_length, torch.device(device))
 
 
-def padding_documents(padding: Tensor) -> tuple[tuple[int, ...], ...] | None:
-    """Documents that hide padding from what is not: per batch row the lengths of its runs of zeros and ones.
-
-    Args:
-        padding: [B, S] of 0 and 1, an attention_mask; reading it synchronises a device.
-
-    Returns:
-        Lengths as `Mask(documents=...)` takes them; None where nothing is padded.
-
-    Raises:
-        ValueError: other values, or a row whose ones are not one run: its rows would not see one interval.
-    """
-    host = padding.cpu().numpy()
-    if not np.isin(host, (0, 1)).all():
-        raise ValueError("attention_mask: wanted 0 and 1, got other values")
-    if host.all():
-        return None
-    rows = []
-    for b, row in enumerate(host.astype(bool)):
-        edges = np.flatnonzero(np.diff(row)) + 1
-        if (np.diff(row.astype(np.int8), prepend=0) == 1).sum() > 1:
-            raise ValueError(f"attention_mask: wanted the ones of a row in one run, got zeros between them in row {b}")
-        rows.append(tuple(np.diff([0, *edges, row.size]).tolist()))
-    return tuple(rows)
-
-
-def rules(function: Callable[..., Any]) -> dict[str, Any]:
-    """causal, window and chunk of a transformers mask function, which is a tree of closures.
-
-    Raises:
-        ValueError: the tree holds a function that is not known here; names it.
-    """
-    kind = function.__qualname__.split(".")[0]
-    if function.__module__ != masking_utils.__name__:
-        kind = f"{function.__module__}.{kind}"
-    inside = inspect.getclosurevars(function).nonlocals
-    if kind == "causal_mask_function":
-        return {"causal": True}
-    if kind == "bidirectional_mask_function":
-        return {"causal": False}
-    if kind == "sliding_window_overlay":  # key > position - sliding_window
-        return {"window": (inside["sliding_window"] - 1, -1)}
-    if kind == "sliding_window_bidirectional_overlay":
-        return {"window": (inside["sliding_window"], inside["sliding_window"])}
-    if kind == "chunked_overlay":  # counted from the padding's end, as from the start of any document
-        return {"chunk": inside["chunk_size"]}
-    if (
-        kind == "packed_sequence_mask_function"
-    ):  # guessed from position_ids, which the plan's documents have vouched for
-        return {}
-    if kind == "remap_positions_for_packed_sequence":
-        return rules(inside["mask_function"])
-    if kind != "and_masks":
-        raise ValueError(f"mask_function: wanted causality, windows, chunks and documents of transformers, got {kind}")
-    found: dict[str, Any] = {}
-    for part in inside["mask_functions"]:
-        for name, value in rules(part).items():
-            if found.setdefault(name, value) != value:
-                raise ValueError(f"mask_function: wanted one {name} a layer, got {found[name]} and {value}")
-    return found
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, see)
+AttentionInterface.register(SHARDED, attention)
+AttentionMaskInterface.register(SHARDED, see)
+AttentionInterface.register(NAME, one_rank.attention)
+AttentionMaskInterface.register(NAME, one_rank.see)

@@ -4,8 +4,8 @@
 
 Argument lists, and how each function wants the sequence dealt to the ranks, are those of ring-flash-attn 0.1.8. What
 is more: window_size, by global position; fp32 and fp16; gradients of softmax_lse; deterministic gradients; softcap and
-sinks of Hugging Face models; and wrong or differing arguments raise ValueError on every rank. dropout_p > 0 and
-alibi_slopes raise `Unsupported`.
+sinks of Hugging Face models; and wrong or differing arguments raise ValueError on every rank. Dropout and ALiBi go by
+position in the whole sequence, so that results do not depend on the number of ranks.
 """
 
 from ringfa3.ring_flash_attn.batch import (

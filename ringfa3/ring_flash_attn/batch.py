@@ -29,10 +29,14 @@ def ring_flash_attn_func(
     Args:
         q: [B, n, Hq, D], this rank's rows; bf16, fp16 or fp32.
         k, v: [B, n, Hkv, D], Hq a multiple of Hkv.
-        dropout_p, alibi_slopes: not served: anything but 0 and None raises.
+        dropout_p: share of the probabilities that are dropped, in [0, 1); the others are scaled by 1 / (1 - p). What is
+            dropped follows from torch.manual_seed, which all ranks must have called alike (they compare), and does not
+            depend on how many they are.
         softmax_scale: factor on q.k; None: D ** -0.5.
         causal: no row sees keys beyond its position in the whole sequence.
         window_size: (left, right): a row sees keys from position - left to position + right; -1 is unlimited.
+        alibi_slopes: fp32 [Hq] or [B, Hq], the same on every rank: -slope * distance is added to the scores, distance
+            being counted in the whole sequence. No gradient.
         deterministic: gradients bitwise equal from run to run, at some cost.
         return_attn_probs: also return softmax_lse, and None for the probabilities.
         group: a ProcessGroup or DeviceMesh; None: all ranks. Every rank of it must call.

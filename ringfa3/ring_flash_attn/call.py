@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from ringfa3.attention import ring_attention
-from ringfa3.flash_attn.operation import refuse
 from ringfa3.gang import Gang
 from ringfa3.shards import Group, axes, members
 
@@ -35,13 +34,12 @@ class Common:
             prepare: checks what this rank was given; returns q, k, v and what else `ring_attention` is to be told.
         """
         with heard(self.group):
-            refuse(self.dropout_p, self.alibi_slopes)
             if axes(self.group) is not None:
                 raise ValueError(f"group: wanted a ProcessGroup or a 1-D DeviceMesh, as pieces are, got {self.group}")
             q, k, v, options = prepare()
         result = ring_attention(
             q, k, v, scale=self.softmax_scale, deterministic=self.deterministic, group=self.group,
-            return_lse=self.return_attn_probs, **options,
+            dropout_p=self.dropout_p, alibi_slopes=self.alibi_slopes, return_lse=self.return_attn_probs, **options,
         )  # fmt: skip
         return (*result, None) if self.return_attn_probs else result
 

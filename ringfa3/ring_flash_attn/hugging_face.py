@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ringfa3.attention import ring_attention
-from ringfa3.flash_attn.operation import refuse
 from ringfa3.mask import Mask
 from ringfa3.ring_flash_attn.call import heard
 from ringfa3.ring_flash_attn.varlen import host_lengths
@@ -152,7 +151,6 @@ def _attend(
 
     known = HARMLESS | {"target_dtype", "attn_implementation", "layer_idx"}  # fp32 needs no cast here
     with heard(_NOW.group):
-        refuse(dropout, None)
         if _NOW.documents is None:
             raise ValueError("cu_seqlens: wanted update_ring_flash_attn_params before the first pass, got none")
         if attention_mask is not None:
@@ -169,7 +167,7 @@ def _attend(
         mask = _mask(bool(is_causal), sliding_window, _NOW.documents)
     return ring_attention(  # type: ignore[no-any-return]
         q, k, v, mask=mask, layout="contiguous", group=_NOW.group, scale=softmax_scale, softcap=softcap or 0.0,
-        sink_logits=s_aux, deterministic=bool(deterministic),
+        sink_logits=s_aux, deterministic=bool(deterministic), dropout_p=dropout,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Queue(Protocol):
         ...
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copies (target, source), both contiguous."""
+        """Copies (target, source): both contiguous, or the source 2-D with contiguous rows."""
         ...
 
     def mark(self) -> Mark:

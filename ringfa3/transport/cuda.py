@@ -3,7 +3,7 @@
 A wait is done by the stream's front end (cuStreamBatchMemOp): it takes no SM, so a persistent kernel cannot keep it
 from being scheduled, and the host goes on. The flags lie in host memory, registered with the driver: GPU streams and
 CPUs see the same words, so a watchdog can read who waits for whom, and end the waits. Copies between GPUs are
-contiguous cudaMemcpyAsync, which the copy engines do.
+contiguous cudaMemcpyAsync, or cuMemcpy2DAsync for rows of one pitch, which the copy engines do.
 
 The driver is called through ctypes: a batch is built once, and needs one call each time (no dependency on a binding).
 """
@@ -31,7 +31,11 @@ from ringfa3.transport.meeting import Meeting
 
 WAIT_32, WRITE_32, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32, .._WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
 PORTABLE_MAPPED = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
-NEEDED = ("cuStreamBatchMemOp_v2", "cuStreamGetCaptureInfo_v2", "cuMemHostRegister_v2", "cuMemHostGetDevicePointer_v2")
+NEEDED = (
+    "cuStreamBatchMemOp_v2", "cuStreamGetCaptureInfo_v2", "cuMemHostRegister_v2", "cuMemHostGetDevicePointer_v2",
+    "cuMemcpy2DAsync_v2",
+)  # fmt: skip
+UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: an address says by itself where it is
 
 
 class MemOp(ctypes.Structure):
@@ -47,6 +51,36 @@ class MemOp(ctypes.Structure):
         ("alias", ctypes.c_uint64),
         ("_2", ctypes.c_uint64),
     )
+
+
+class Place2D(ctypes.Structure):
+    """One end of a CUDA_MEMCPY2D."""
+
+    _fields_ = (
+        ("x_bytes", ctypes.c_size_t),
+        ("y", ctypes.c_size_t),
+        ("memory_type", ctypes.c_uint),
+        ("host", ctypes.c_void_p),
+        ("device", ctypes.c_void_p),
+        ("array", ctypes.c_void_p),
+        ("pitch", ctypes.c_size_t),
+    )
+
+
+class Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = (("source", Place2D), ("target", Place2D), ("width_bytes", ctypes.c_size_t), ("height", ctypes.c_size_t))
+
+    @classmethod
+    def of(cls, target: Tensor, source: Tensor) -> Copy2D:
+        """For two tensors of one shape [rows, n] whose rows are contiguous."""
+        height, width = source.shape
+        ends = (
+            Place2D(memory_type=UNIFIED, device=x.data_ptr(), pitch=x.stride(0) * x.element_size())
+            for x in (source, target)
+        )
+        return cls(*ends, width * source.element_size(), height)
 
 
 @lru_cache(maxsize=1)
@@ -177,7 +211,15 @@ class CudaQueue:
         """See `Queue`."""
         with torch.cuda.stream(self.stream):
             for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+                if source.is_contiguous():
+                    target.copy_(source, non_blocking=True)
+                else:  # torch would run a kernel
+                    self._copy_rows(Copy2D.of(target, source))
+
+    def _copy_rows(self, what: Copy2D) -> None:
+        with torch.cuda.device(self._commons.device):
+            status = driver().cuMemcpy2DAsync_v2(ctypes.byref(what), ctypes.c_void_p(self.stream.cuda_stream))
+        check(status, "cuMemcpy2DAsync")
 
     def mark(self) -> Mark:
         """See `Queue`."""

@@ -1,8 +1,9 @@
 """Gather: one exchange brings every rank all the slices it needs, from their owners; for short sequences.
 
-Each rank sends slices of its shard to whoever needs them (K and V in one message, uneven lengths as they are, nothing
-padded) and then has hops to yield, its own first while the exchange is under way; shards are never concatenated. Memory
-O(S). Backward: the same exchange, then each rank's fp32 dK, dV go straight to the owner, who sums them in rank order.
+Each rank sends slices of its shard to whoever needs them (all its tensors in one message, uneven lengths as they are,
+nothing padded) and then has hops to yield, its own first while the exchange is under way; shards are never
+concatenated. Memory O(S). Backward: the same exchange, then each rank's fp32 dK, dV go straight to the owner, who sums
+them in rank order.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ringfa3.plan import Hop, Plan
-from ringfa3.transport.packing import Piece, add, pack, room, zeros
+from ringfa3.transport.cargo import Cargo, Parcel, Tensors
+from ringfa3.transport.packing import Piece, add, room, zeros
 from ringfa3.transport.route import hull, length
-from ringfa3.transport.transport import KV
+from ringfa3.transport.transport import KV, Shard
 from ringfa3.transport.wire import Flight, Message, Wire
 
 
@@ -22,17 +24,18 @@ class Gather:
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
 
-    def rotate(self, kv: KV, plan: Plan) -> Iterator[tuple[Hop, KV]]:
+    def rotate(self, shard: Shard, plan: Plan) -> Iterator[tuple[Hop, Tensors]]:
         """See `Transport.rotate`."""
+        cargo = Cargo.of(shard)
         try:
-            pieces, flight = self.exchange(kv, plan)
+            parcels, flight = self.exchange(cargo, plan)
             hops = list(plan.hops)
             if hops and hops[0].source == plan.rank:
                 hop = hops.pop(0)
-                yield hop, (kv[0][:, hop.keys], kv[1][:, hop.keys])
+                yield hop, cargo.read(hop.keys)
             flight.land()
             for hop in hops:
-                yield hop, pieces[hop.source].read(hop.keys)
+                yield hop, parcels[hop.source].read(hop.keys)
         finally:
             self.wire.settle()
 
@@ -40,16 +43,16 @@ class Gather:
         """See `Transport.rotate_backward`."""
         return GatherHoming(self, kv, plan)
 
-    def exchange(self, kv: KV, plan: Plan) -> tuple[dict[int, Piece], Flight]:
+    def exchange(self, cargo: Cargo, plan: Plan) -> tuple[dict[int, Parcel], Flight]:
         """Start sending slices of our shard to those who need them; returns what will come, by source."""
-        pieces = {source: room(kv, keys) for source, keys in _wanted(plan).items()}
-        messages = [Message(source, piece.data, send=False) for source, piece in pieces.items()]
+        parcels = {source: cargo.room(keys) for source, keys in _wanted(plan).items()}
+        messages = [Message(source, parcel.data, send=False) for source, parcel in parcels.items()]
         readers = _readers(plan)
         keys = hull(readers.values())
         if keys is not None:
-            packed = pack(kv, keys)
+            packed = cargo.pack(keys)
             messages += [Message(reader, packed.cut(part).data, send=True) for reader, part in readers.items()]
-        return pieces, self.wire.post(messages, 0, self.wire.mark())
+        return parcels, self.wire.post(messages, 0, self.wire.mark())
 
 
 class GatherHoming:
@@ -60,7 +63,7 @@ class GatherHoming:
         self._shares: dict[int, Piece] = {}  # of other ranks' shards, by source; to go to their owners
         self._own: Piece | None = None
 
-    def __iter__(self) -> Iterator[tuple[Hop, KV, KV]]:
+    def __iter__(self) -> Iterator[tuple[Hop, Tensors, KV]]:
         first = True
         for hop, kv in self.gather.rotate(self.kv, self.plan):
             share = (room if first else zeros)(self.kv, hop.keys, gradient=self.plan.world)

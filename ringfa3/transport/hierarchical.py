@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ringfa3.plan import Hop, Plan
+from ringfa3.transport.cargo import Cargo, Parcel, Tensors
 from ringfa3.transport.commons import Queue
-from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Wanted, size_of
-from ringfa3.transport.packing import Piece, add, pack, room, shape, zeros
+from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Wanted
+from ringfa3.transport.packing import Piece, add, room, zeros
 from ringfa3.transport.place import apart, hosts_of
 from ringfa3.transport.pool import SHARD, SPARE, Pool, view
-from ringfa3.transport.route import hull, inside, length
-from ringfa3.transport.transport import KV
+from ringfa3.transport.route import hull, length
+from ringfa3.transport.transport import KV, Shard
 from ringfa3.transport.wire import Flight, Message, Wire
 
 if TYPE_CHECKING:
@@ -82,11 +83,11 @@ class Hierarchical:
         numbers = [next(h for h, others in enumerate(hosts) if r in others) for r in range(len(found))]
         return cls(gang.pool(device, members), gang.wire(device, names), numbers)
 
-    def rotate(self, kv: KV, plan: Plan) -> Iterator[tuple[Hop, KV]]:
+    def rotate(self, shard: Shard, plan: Plan) -> Iterator[tuple[Hop, Tensors]]:
         """See `Transport.rotate`."""
         hops = {hop.source: hop for hop in plan.hops}
         queue = self.pool.begin()
-        tour = Tour(self, queue, kv, plan)
+        tour = Tour(self, queue, Cargo.of(shard), plan)
         try:
             for outer in range(tour.H):
                 tour.begin(outer)
@@ -112,12 +113,12 @@ class HierarchicalHoming:
         self._total: Piece | None = None  # of our own shard's gradient, so far
         self._flight: tuple[Flight, Piece | None] | None = None  # a host's sum for our own shard, on its way
 
-    def __iter__(self) -> Iterator[tuple[Hop, KV, KV]]:
+    def __iter__(self) -> Iterator[tuple[Hop, Tensors, KV]]:
         plan, kv = self.plan, self.kv
         hops = {hop.source: hop for hop in plan.hops}
         pool = self.hierarchy.pool
         queue = pool.begin()
-        tour = Tour(self.hierarchy, queue, kv, plan)
+        tour = Tour(self.hierarchy, queue, Cargo.of(kv), plan)
         outbox = Outbox(pool, queue, kv, tour.shares(), depth=self.hierarchy.depth, world=plan.world)
         first = True
         try:
@@ -184,20 +185,19 @@ class HierarchicalHoming:
 class Tour:
     """One call's shards on their way round the hosts, as rank (h, l) of (H, L) sees them."""
 
-    def __init__(self, hierarchy: Hierarchical, queue: Queue, kv: KV, plan: Plan) -> None:
+    def __init__(self, hierarchy: Hierarchical, queue: Queue, cargo: Cargo, plan: Plan) -> None:
         self.pool, self.wire, self.depth = hierarchy.pool, hierarchy.wire, hierarchy.depth
-        self.queue, self.kv, self.plan, self.hosts = queue, kv, plan, hierarchy.hosts
+        self.queue, self.cargo, self.plan, self.hosts = queue, cargo, plan, hierarchy.hosts
         self.H, self.L = len(self.hosts), len(self.hosts[0])
         self.h = next(h for h, members in enumerate(self.hosts) if plan.rank in members)
         self.l = self.hosts[self.h].index(plan.rank)
-        dtype = kv[0].dtype
         spans = [self.span(rank, outer) for rank in range(plan.world) for outer in range(self.H)]
-        size = max(size_of(kv, keys, dtype) for keys in spans)
+        size = max(map(cargo.size, spans)) * cargo.dtype.itemsize
         # one size for both: which outer steps are the largest is nothing to rely on
         self._buffers = [self.pool.buffers(channel, size) if size else () for channel in BUFFERS[: self.H]]
         self._flight: Flight | None = None
         self._arrivals: Arrivals | None = None
-        self._held: Piece | None = None  # the shard of this outer step
+        self._held: Parcel | None = None  # the shard of this outer step
 
     def source(self, outer: int, inner: int) -> int:
         """Whose shard this rank computes with."""
@@ -239,7 +239,7 @@ class Tour:
             self._flight.land()
         elif self._held is not None:
             self.pool.vacate(self.queue, channel, 0)
-            pack(self.kv, self._held.keys, self._held.data)
+            self.cargo.pack(self._held.keys, self._held.data)
         if self._held is not None:
             self.pool.offer(self.queue, channel, self._readers(owner))
         self._flight = self._pass_on(outer)
@@ -248,14 +248,13 @@ class Tour:
             holder, source = (self.l - inner) % self.L, self.source(outer, inner)
             keys, there = self.plan.needs[self.plan.rank][source], self._room(holder, source, outer)
             if keys is not None and length(keys) and there is not None:
-                piece = Piece(keys, there.data[:, :, inside(keys, there.keys)])
-                wanted.append(Wanted(channel, holder, outer * self.L + inner, piece))
-        self._arrivals = Arrivals(self.pool, self.queue, wanted, self.depth)
+                wanted.append(Wanted(channel, holder, outer * self.L + inner, keys, there))
+        self._arrivals = Arrivals(self.pool, self.queue, self.cargo, wanted, self.depth)
 
-    def read(self, hop: Hop, outer: int, inner: int) -> KV:
-        """The hop's keys and values, for what is given to the caller's queue until `done`."""
+    def read(self, hop: Hop, outer: int, inner: int) -> Tensors:
+        """The hop's tensors, for what is given to the caller's queue until `done`."""
         if (outer, inner) == (0, 0):
-            return self.kv[0][:, hop.keys], self.kv[1][:, hop.keys]
+            return self.cargo.read(hop.keys)
         held = self._held
         if inner:
             assert self._arrivals is not None
@@ -291,12 +290,12 @@ class Tour:
         self.pool.vacate(keeper, BUFFERS[(outer + 1) % 2], outer * self.L)
         return self.wire.post(messages, outer * self.L, keeper.mark())
 
-    def _room(self, holder: int, owner: int, outer: int) -> Piece | None:
+    def _room(self, holder: int, owner: int, outer: int) -> Parcel | None:
         """Where a rank of this host holds that shard at this outer step."""
         keys = self.span(owner, outer)
         if keys is None:
             return None
-        return Piece(keys, view(self._buffers[outer % 2][holder], shape(self.kv, keys), self.kv[0].dtype))
+        return self.cargo.room(keys, view(self._buffers[outer % 2][holder], (self.cargo.size(keys),), self.cargo.dtype))
 
     def _readers(self, owner: int) -> list[int]:
         """Which neighbours need this shard."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ringfa3.transport.cargo import Cargo, Parcel
 from ringfa3.transport.commons import Mark, Queue
 from ringfa3.transport.packing import Piece, room, shape
 from ringfa3.transport.pool import GRADIENT, Pool, pieces, view
@@ -21,12 +22,20 @@ ALIGN = 256  # bytes: slots begin where any kernel's vector loads are aligned
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """A slice to fetch: its data lie in the owner's buffer of this channel."""
+    """A slice to fetch: it is in the parcel that lies in the owner's buffer of this channel."""
 
     channel: int
     owner: int
     step: int
-    piece: Piece
+    keys: slice
+    parcel: Parcel
+
+    def pairs(self, target: Parcel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What to copy: all at once where the slice is the whole parcel."""
+        if self.keys == self.parcel.keys:
+            return [(target.data, self.parcel.data)]
+        parts = zip(target.cargo.tensors, self.parcel.read(self.keys), strict=True)
+        return [pair for there, x in parts for pair in pieces(there, x)]
 
 
 class Arrivals:
@@ -34,24 +43,25 @@ class Arrivals:
 
     Args:
         queue: the caller's; the buffers are from its allocator, and are filled in turn once it is done with them.
+        cargo: what shards are like.
         wanted: in the order in which they will be taken.
     """
 
-    def __init__(self, pool: Pool, queue: Queue, wanted: Sequence[Wanted], depth: int) -> None:
-        self.pool, self.queue, self._wanted = pool, queue, wanted
-        sizes = [max((w.piece.data.numel() for w in wanted[slot::depth]), default=0) for slot in range(depth)]
-        self._slots = [wanted[0].piece.data.new_empty(size) for size in sizes] if wanted else []
-        self._coming: deque[tuple[Piece, Mark]] = deque()
+    def __init__(self, pool: Pool, queue: Queue, cargo: Cargo, wanted: Sequence[Wanted], depth: int) -> None:
+        self.pool, self.queue, self._cargo, self._wanted = pool, queue, cargo, wanted
+        sizes = [max((cargo.size(w.keys) for w in wanted[slot::depth]), default=0) for slot in range(depth)]
+        self._slots = [torch.empty(size, dtype=cargo.dtype, device=cargo.device) for size in sizes] if wanted else []
+        self._coming: deque[tuple[Parcel, Mark]] = deque()
         self._begun = 0
         self.beside = pool.beside(1, queue)
         for _ in range(depth):
             self._fetch()
 
-    def take(self) -> Piece:
+    def take(self) -> Parcel:
         """The next slice, for what is given to the caller's queue from now on until `done`."""
-        piece, arrived = self._coming.popleft()
+        parcel, arrived = self._coming.popleft()
         self.queue.follow(arrived)
-        return piece
+        return parcel
 
     def done(self) -> None:
         """The slice taken last may be overwritten."""
@@ -63,11 +73,10 @@ class Arrivals:
         if self._begun == len(self._wanted):
             return
         wanted = self._wanted[self._begun]
-        source = wanted.piece.data
-        target = self._slots[self._begun % len(self._slots)][: source.numel()].view(source.shape)
+        target = self._cargo.room(wanted.keys, self._slots[self._begun % len(self._slots)])
         self._begun += 1
-        self.pool.fetch(self.beside, wanted.channel, wanted.owner, wanted.step, pieces(target, source))
-        self._coming.append((Piece(wanted.piece.keys, target), self.beside.mark()))
+        self.pool.fetch(self.beside, wanted.channel, wanted.owner, wanted.step, wanted.pairs(target))
+        self._coming.append((target, self.beside.mark()))
 
 
 @dataclass(frozen=True)

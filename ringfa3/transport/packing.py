@@ -1,4 +1,4 @@
-"""K and V, or dK and dV, of a slice of a shard in one contiguous buffer: what a message carries."""
+"""The gradient of a slice of a shard, dK and dV in one contiguous buffer: summed, and carried by a message."""
 
 from __future__ import annotations
 
@@ -13,21 +13,15 @@ from ringfa3.transport.transport import KV
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """The slice `keys` of a shard: data [2, B, n, Hkv, D], contiguous, K (or dK) first."""
+    """The slice `keys` of a shard's gradient: data [2, B, n, Hkv, D], contiguous, dK first."""
 
     keys: slice
     data: Tensor
 
     def read(self, keys: slice) -> KV:
         """Views of the slice `keys` of the shard, which this piece holds."""
-        k, v = self.data[:, :, inside(keys, self.keys)]
-        return k, v
-
-    def cut(self, keys: slice) -> Piece:
-        """The piece for a narrower slice; a copy, unless it is all of this one."""
-        if keys == self.keys:
-            return self
-        return Piece(keys, self.data[:, :, inside(keys, self.keys)].contiguous())
+        dk, dv = self.data[:, :, inside(keys, self.keys)]
+        return dk, dv
 
 
 def shape(kv: KV, keys: slice) -> tuple[int, ...]:
@@ -36,11 +30,11 @@ def shape(kv: KV, keys: slice) -> tuple[int, ...]:
     return 2, B, length(keys), H, D
 
 
-def room(kv: KV, keys: slice, *, gradient: int = 0) -> Piece:
-    """An uninitialised piece of a shard like kv.
+def room(kv: KV, keys: slice, *, gradient: int) -> Piece:
+    """An uninitialised piece of the gradient of a shard like kv.
 
     Args:
-        gradient: 0, or the world's size where dK and dV go in: fp32 (fp64 for fp64 inputs) unless the rank is alone.
+        gradient: ranks that add to it: fp32 (fp64 for fp64 inputs) unless there is one.
     """
     dtype = kv[0].dtype
     if gradient > 1:
@@ -48,18 +42,10 @@ def room(kv: KV, keys: slice, *, gradient: int = 0) -> Piece:
     return Piece(keys, torch.empty(shape(kv, keys), dtype=dtype, device=kv[0].device))
 
 
-def zeros(kv: KV, keys: slice, *, gradient: int = 0) -> Piece:
+def zeros(kv: KV, keys: slice, *, gradient: int) -> Piece:
     """A piece of zeros, otherwise as `room`."""
     piece = room(kv, keys, gradient=gradient)
     piece.data.zero_()
-    return piece
-
-
-def pack(kv: KV, keys: slice, out: Tensor | None = None) -> Piece:
-    """A slice of this rank's shard, copied into one buffer (out, where given)."""
-    piece = room(kv, keys) if out is None else Piece(keys, out)
-    for i, x in enumerate(kv):
-        piece.data[i].copy_(x[:, keys])
     return piece
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from ringfa3.errors import RankFailed
 from ringfa3.transport.commons import Commons, Mark, Queue
 from ringfa3.transport.flags import CHANNELS
+from ringfa3.transport.tally import Tally
 
 SHARD, SPARE, GRADIENT, SUM = range(CHANNELS)  # SPARE: the hierarchy's second shard; SUM: not a buffer of its own
 GRAIN = 2 << 20  # bytes; physical GPU memory is mapped in such pages
+ROWS = 8  # contiguous copies that are preferred to one of rows
 GROWTH = 8  # a buffer that grows does so by an eighth at least: lengths that creep up must not make one each
 
 
@@ -30,6 +32,7 @@ class Pool:
     def __init__(self, commons: Commons) -> None:
         self.commons = commons
         self.members = commons.meeting.members
+        self.tally = Tally()
         self.rank, self.world = commons.flags.rank, commons.flags.world
         self._buffers: dict[int, tuple[Tensor, ...]] = {}
         self._graphed: set[int] = set()  # channels whose buffers a CUDA graph holds on to
@@ -98,9 +101,10 @@ class Pool:
             queue.run(self.commons.flags.fill(channel, list(readers)))
 
     def fetch(self, queue: Queue, channel: int, owner: int, hop: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy from the owner's buffer, once it has offered it to us: contiguous pairs (target, source)."""
+        """Copy from the owner's buffer, once it has offered it to us, pairs as `Queue.copy` takes them."""
         queue.run(self.commons.flags.filled(queue.number, channel, owner, hop))
         queue.copy(pairs)
+        self.tally.received[hop] += sum(target.nbytes for target, _ in pairs)
         queue.run(self.commons.flags.empty(channel, owner))
 
     def waiting(self) -> tuple[int, int] | None:
@@ -125,10 +129,30 @@ class Pool:
 
 
 def pieces(target: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Two tensors of one shape as few pairs of contiguous ones: what can be copied whole. The target is contiguous."""
+    """Two tensors of one shape as few pairs that can be copied whole. The target is contiguous.
+
+    The source's parts are contiguous too; or, rather than more than `ROWS` of those, rows of one pitch: 2-D.
+    """
     if source.is_contiguous():
         return [(target, source)]
+    rows = pitched(source)
+    if rows is not None and rows.shape[0] > ROWS:
+        return [(target.view(rows.shape), rows)]
     return [pair for t, s in zip(target, source, strict=True) for pair in pieces(t, s)]
+
+
+def pitched(x: Tensor) -> Tensor | None:
+    """A view of x in two dimensions, whose rows are contiguous and as long as can be; None where it has none."""
+    width, dim = 1, x.ndim
+    while dim and x.stride(dim - 1) == width:
+        dim -= 1
+        width *= x.shape[dim]
+    pitch, step = x.stride(dim - 1), x.stride(dim - 1)
+    for size, stride in zip(reversed(x.shape[:dim]), reversed(x.stride()[:dim]), strict=True):
+        if size > 1 and stride != step:
+            return None
+        step *= size
+    return x.as_strided((x.numel() // width, width), (pitch, 1))
 
 
 def view(buffer: Tensor, size: Sequence[int], dtype: torch.dtype, *, offset: int = 0) -> Tensor:

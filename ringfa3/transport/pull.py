@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ringfa3.plan import Hop, Plan
+from ringfa3.transport.cargo import Cargo, Tensors
 from ringfa3.transport.commons import Queue
-from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Wanted, size_of
-from ringfa3.transport.packing import Piece, add, pack, room, shape, zeros
+from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Wanted
+from ringfa3.transport.packing import Piece, add, room, zeros
 from ringfa3.transport.pool import SHARD, Pool, view
-from ringfa3.transport.route import hull, inside, length
-from ringfa3.transport.transport import KV
+from ringfa3.transport.route import hull, length
+from ringfa3.transport.transport import KV, Shard
 
 
 class Pull:
@@ -38,14 +39,14 @@ class Pull:
             raise ValueError(f"depth: wanted at least 1, got {depth}")
         self.pool, self.depth = pool, depth
 
-    def rotate(self, kv: KV, plan: Plan) -> Iterator[tuple[Hop, KV]]:
+    def rotate(self, shard: Shard, plan: Plan) -> Iterator[tuple[Hop, Tensors]]:
         """See `Transport.rotate`."""
-        queue = self.pool.begin()
-        arrivals = self.stage(queue, kv, plan, range(plan.world))
+        cargo, queue = Cargo.of(shard), self.pool.begin()
+        arrivals = self.stage(queue, cargo, plan, range(plan.world))
         try:
             for hop in plan.hops:
                 if hop.source == plan.rank:
-                    yield hop, (kv[0][:, hop.keys], kv[1][:, hop.keys])
+                    yield hop, cargo.read(hop.keys)
                 else:
                     yield hop, arrivals.take().read(hop.keys)
                     arrivals.done()
@@ -56,25 +57,25 @@ class Pull:
         """See `Transport.rotate_backward`."""
         return PullHoming(self, kv, plan)
 
-    def stage(self, queue: Queue, kv: KV, plan: Plan, steps: Sequence[int]) -> Arrivals:
+    def stage(self, queue: Queue, cargo: Cargo, plan: Plan, steps: Sequence[int]) -> Arrivals:
         """Offer our shard to those who need it, and begin to fetch what we need, in the order of these steps."""
         pool, rank, world = self.pool, plan.rank, plan.world
         offered = [hull(_needed(plan, reader, owner) for reader in range(world)) for owner in range(world)]
-        size = max(size_of(kv, keys, kv[0].dtype) for keys in offered)
+        size = max(map(cargo.size, offered)) * cargo.dtype.itemsize
         buffers = pool.buffers(SHARD, size) if size else ()
         keys = offered[rank]
         if keys is not None:
             pool.vacate(queue, SHARD, 0)
-            pack(kv, keys, view(buffers[rank], shape(kv, keys), kv[0].dtype))
+            cargo.pack(keys, view(buffers[rank], (cargo.size(keys),), cargo.dtype))
             pool.offer(queue, SHARD, [reader for reader in range(world) if _needed(plan, reader, rank) is not None])
         wanted = []
         for step in steps:
             owner = (rank - step) % world
             needed, whole = _needed(plan, rank, owner), offered[owner]
             if needed is not None and whole is not None:
-                there = view(buffers[owner], shape(kv, whole), kv[0].dtype)
-                wanted.append(Wanted(SHARD, owner, step, Piece(needed, there[:, :, inside(needed, whole)])))
-        return Arrivals(pool, queue, wanted, self.depth)
+                there = cargo.room(whole, view(buffers[owner], (cargo.size(whole),), cargo.dtype))
+                wanted.append(Wanted(SHARD, owner, step, needed, there))
+        return Arrivals(pool, queue, cargo, wanted, self.depth)
 
 
 class PullHoming:
@@ -84,13 +85,14 @@ class PullHoming:
         self.pull, self.kv, self.plan = pull, kv, plan
         self._total: Piece | None = None  # of our own shard's gradient, so far
 
-    def __iter__(self) -> Iterator[tuple[Hop, KV, KV]]:
+    def __iter__(self) -> Iterator[tuple[Hop, Tensors, KV]]:
         plan, kv, rank, world = self.plan, self.kv, self.plan.rank, self.plan.world
         pool = self.pull.pool
         hops = {(rank - hop.source) % world: hop for hop in plan.hops}
         steps = [*range(1, world), 0]
         queue = pool.begin()
-        arrivals = self.pull.stage(queue, kv, plan, steps)
+        cargo = Cargo.of(kv)
+        arrivals = self.pull.stage(queue, cargo, plan, steps)
         outbox = Outbox(pool, queue, kv, _shares(plan), depth=self.pull.depth, world=world)
         first = True
         try:
@@ -98,15 +100,15 @@ class PullHoming:
                 hop = hops.get(step)
                 if hop is not None:
                     if step:
-                        k, v = arrivals.take().read(hop.keys)
+                        came = arrivals.take().read(hop.keys)
                         share = outbox.slot()
                     else:
-                        k, v = kv[0][:, hop.keys], kv[1][:, hop.keys]
+                        came = cargo.read(hop.keys)
                         share = room(kv, hop.keys, gradient=world)
                     if not first:
                         share.data.zero_()
                     first = False
-                    yield hop, (k, v), share.read(hop.keys)
+                    yield hop, came, share.read(hop.keys)
                     if step:
                         arrivals.done()
                         outbox.send()

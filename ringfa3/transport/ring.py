@@ -1,7 +1,7 @@
 """Ring: every rank passes shards to the next one, and the gradients of a shard follow it until they go home.
 
 Forward, round t: rank r sends on the shard of rank r - t and receives that of r - t - 1, while step t computes with the
-former. Only what a later rank on the ring needs travels, K and V in one message.
+former. Only what a later rank on the ring needs travels, all of a shard's tensors in one message.
 
 Backward, round t: besides the shard for step t + 1, the fp32 sum of dK, dV finished in step t - 1 is sent on, and the
 previous rank's sum for the shard of step t arrives while step t computes our own share of it. The last rank that needs
@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import torch
 
 from ringfa3.plan import Hop, Plan
-from ringfa3.transport.packing import Piece, add, pack, room, shape, zeros
+from ringfa3.transport.cargo import Cargo, Parcel, Tensors
+from ringfa3.transport.packing import Piece, add, room, zeros
 from ringfa3.transport.route import inbound, last, outbound
-from ringfa3.transport.transport import KV
+from ringfa3.transport.transport import KV, Shard
 from ringfa3.transport.wire import Message, Wire
 
 SHARD, GRADIENT = 0, 1  # kinds of message
@@ -38,21 +39,21 @@ class Ring:
             raise ValueError(f"buffers: wanted at least 2, one to read and one to fill, got {buffers}")
         self.wire, self.buffers = wire, buffers
 
-    def rotate(self, kv: KV, plan: Plan) -> Iterator[tuple[Hop, KV]]:
+    def rotate(self, shard: Shard, plan: Plan) -> Iterator[tuple[Hop, Tensors]]:
         """See `Transport.rotate`."""
         hops = {hop.source: hop for hop in plan.hops}
-        leg = _Leg(plan)
+        cargo, leg = Cargo.of(shard), _Leg(plan)
         arriving = [leg.arrives(step) for step in range(1, plan.world + 1)]
-        slots = self._slots(kv, [leg.leaves(0), *arriving])
-        held = leg.own(kv, slots[0])
+        slots = self._slots(cargo, [leg.leaves(0), *arriving])
+        held = leg.own(cargo, slots[0])
         free = [self.wire.mark()] * self.buffers  # of each slot, when its last reader is done
         try:
             for step, keys in enumerate(arriving):
                 slot = (step + 1) % self.buffers
-                coming = None if keys is None else Piece(keys, _fit(slots[slot], shape(kv, keys)))
+                coming = None if keys is None else cargo.room(keys, slots[slot])
                 flight = self.wire.post(leg.pass_on(self.wire, step, held, coming), step, free[slot])
                 if (hop := hops.get(leg.source(step))) is not None:
-                    yield hop, _read(hop, kv, held, own=step == 0)
+                    yield hop, _read(hop, cargo, held, own=step == 0)
                 free[step % self.buffers] = self.wire.mark()
                 flight.land()
                 held = coming
@@ -63,13 +64,10 @@ class Ring:
         """See `Transport.rotate_backward`."""
         return RingHoming(self.wire, kv, plan)
 
-    def _slots(self, kv: KV, pieces: list[slice | None]) -> list[torch.Tensor]:
-        """Flat buffers that the pieces take in turn, each as large as the largest it will hold."""
-        sizes = [0] * self.buffers
-        for step, keys in enumerate(pieces):
-            if keys is not None:
-                sizes[step % self.buffers] = max(sizes[step % self.buffers], torch.Size(shape(kv, keys)).numel())
-        return [torch.empty(size, dtype=kv[0].dtype, device=kv[0].device) for size in sizes]
+    def _slots(self, cargo: Cargo, parcels: list[slice | None]) -> list[torch.Tensor]:
+        """Flat buffers that the parcels take in turn, each as large as the largest it will hold."""
+        sizes = [max(map(cargo.size, parcels[slot :: self.buffers]), default=0) for slot in range(self.buffers)]
+        return [torch.empty(size, dtype=cargo.dtype, device=cargo.device) for size in sizes]
 
 
 class RingHoming:
@@ -80,14 +78,15 @@ class RingHoming:
         self._sum: Piece | None = None  # of the previous step's shard, without its owner's share: to be sent on
         self._own: list[Piece] = []  # this rank's and the others' shares of its own shard's gradient
 
-    def __iter__(self) -> Iterator[tuple[Hop, KV, KV]]:
+    def __iter__(self) -> Iterator[tuple[Hop, Tensors, KV]]:
         hops = {hop.source: hop for hop in self.plan.hops}
-        held = self._leg.own(self.kv)
+        cargo = Cargo.of(self.kv)
+        held = self._leg.own(cargo)
         first = True
         try:
             for step in range(self.plan.world + (self.plan.world > 1)):
                 keys = self._leg.arrives(step + 1)
-                coming = None if keys is None else room(self.kv, keys)
+                coming = None if keys is None else cargo.room(keys)
                 messages = self._leg.pass_on(self.wire, step, held, coming)
                 arriving = self._gradients(messages, step)
                 flight = self.wire.post(messages, step, self.wire.mark())
@@ -96,7 +95,7 @@ class RingHoming:
                 if hop is not None:
                     share = (room if first else zeros)(self.kv, hop.keys, gradient=self.plan.world)
                     first = False
-                    yield hop, _read(hop, self.kv, held, own=step == 0), share.read(hop.keys)
+                    yield hop, _read(hop, cargo, held, own=step == 0), share.read(hop.keys)
                 flight.land()
                 if step == 0:
                     self._own += [share] if share is not None else []
@@ -168,12 +167,12 @@ class _Leg:
         """What of it the next rank gets."""
         return outbound(self.plan.needs, self.source(step), step + 1)
 
-    def own(self, kv: KV, out: torch.Tensor | None = None) -> Piece | None:
+    def own(self, cargo: Cargo, out: torch.Tensor | None = None) -> Parcel | None:
         """What the others need of this rank's shard, packed."""
         keys = self.leaves(0)
-        return None if keys is None else pack(kv, keys, None if out is None else _fit(out, shape(kv, keys)))
+        return None if keys is None else cargo.pack(keys, out)
 
-    def pass_on(self, wire: Wire, step: int, held: Piece | None, coming: Piece | None) -> list[Message]:
+    def pass_on(self, wire: Wire, step: int, held: Parcel | None, coming: Parcel | None) -> list[Message]:
         """The messages with shards of one round."""
         messages = []
         keys = self.leaves(step)
@@ -186,14 +185,9 @@ class _Leg:
         return messages
 
 
-def _read(hop: Hop, kv: KV, held: Piece | None, *, own: bool) -> KV:
+def _read(hop: Hop, cargo: Cargo, held: Parcel | None, *, own: bool) -> Tensors:
     """The slice of its source's shard that a hop needs."""
     if own:
-        return kv[0][:, hop.keys], kv[1][:, hop.keys]
+        return cargo.read(hop.keys)
     assert held is not None
     return held.read(hop.keys)
-
-
-def _fit(flat: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """The front of a flat buffer, in a piece's shape."""
-    return flat[: torch.Size(size).numel()].view(size)

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringfa3.errors import RankFailed
+from ringfa3.transport.tally import Tally
 
 TAG = 0x7269  # keeps our messages apart from those that a caller exchanges on the same gloo group
 REMEMBERED = 1 << 14  # rounds on their way on CUDA; a stream holds fewer kernels than that
@@ -77,6 +78,7 @@ class Wire:
         # not landed: should a call end in the middle, gloo still owns these buffers
         self.flying: set[Flight] = set()
         self.rounds = 0  # posted so far, those without messages too
+        self.tally = Tally()
         self.captured = False  # rounds are in a CUDA graph, where nobody sees when they run
         self._under_way: deque[_Round] = deque(maxlen=REMEMBERED)
         self.blocked: Awaited | None = None  # what a thread of the host waits for
@@ -111,6 +113,8 @@ class Wire:
         self.rounds += 1
         if not messages:
             return Flight(self, (), (), hop, None, self.rounds)
+        for m in messages:
+            (self.tally.sent if m.send else self.tally.received)[hop] += m.tensor.nbytes
         if self._stream is None:
             flight = Flight(self, messages, [(m.peer, self._start(m, hop)) for m in messages], hop, None, self.rounds)
             self.flying.add(flight)

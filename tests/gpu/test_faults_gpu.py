@@ -36,13 +36,13 @@ def shards(rank: int) -> list[torch.Tensor]:
 
 def instead(name: str, deed: Callable[[], None]) -> None:
     """Do the deed first, where this rank comes to the hops of a pass; all ranks have agreed on the call by then."""
-    hops = getattr(attention._Task, name)
+    hops = getattr(attention.Task, name)
 
     def struck(*args: Any) -> Any:
         deed()
         return hops(*args)
 
-    setattr(attention._Task, name, struck)
+    setattr(attention.Task, name, struck)
 
 
 def dies_soon() -> None:

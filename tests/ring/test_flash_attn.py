@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ringfa3 import flash_attn
 from ringfa3.flash_attn.recent import Recent
-from ringfa3_kernels import Unsupported
 from tests.kernels.oracle import assert_close, plain
 
 # The argument lists that flash-attn 2.7 and 2.8 publish.
@@ -454,18 +453,6 @@ def call(name: str, **options: Any) -> Any:
     if "kvcache" in name:
         given |= {"k_cache": torch.randn(2, 32, 2, 16), "v_cache": torch.randn(2, 32, 2, 16), "cache_seqlens": 3}
     return getattr(flash_attn, name)(**(given | options))
-
-
-@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"])
-def test_alibi_is_refused_by_name(name):
-    with pytest.raises(Unsupported, match=r"^alibi_slopes:"):
-        call(name, alibi_slopes=torch.ones(4))
-
-
-@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
-def test_dropout_is_refused_by_name(name):
-    with pytest.raises(Unsupported, match=r"^dropout_p:"):
-        call(name, dropout_p=0.1)
 
 
 CACHE, VARLEN = "flash_attn_with_kvcache", "flash_attn_varlen_func"

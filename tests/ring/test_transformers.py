@@ -273,7 +273,7 @@ def test_dropout_is_refused() -> None:
 
 def test_outside_of_sequence_parallel() -> None:
     model = build("llama")
-    model.set_attn_implementation(integration.NAME)
+    model.set_attn_implementation(integration.SHARDED)
     with pytest.raises(ValueError, match="within sequence_parallel"):
         model(input_ids=inputs("plain")[0])
 

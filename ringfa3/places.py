@@ -1,0 +1,80 @@
+"""What of a call depends on places in the whole sequence: ALiBi's slopes and dropout, checked, and for each hop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ringfa3.hops import Hop
+from ringfa3.layout import deal
+from ringfa3.plan import Plan
+from ringfa3_kernels import Dropout
+from ringfa3_kernels.positional import check_slopes
+
+
+def check_dropout(p: Any, seed: Any, *, compared: bool) -> Dropout | None:
+    """The dropout that a call asks for; None where it asks for none.
+
+    Args:
+        seed: None: drawn from torch's default generator (the CPU's), which must stand alike on every rank.
+        compared: the ranks compare their seeds, or there is one rank.
+
+    Raises:
+        ValueError: a number out of range, or no seed where ranks may draw different ones.
+    """
+    if isinstance(p, bool) or not isinstance(p, int | float) or not math.isfinite(p) or not 0 <= p < 1:
+        raise ValueError(f"dropout_p: wanted a number in [0, 1), got {p!r}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise ValueError(f"dropout_seed: wanted an integer in [0, 2**64) or None, got {seed!r}")
+    if not p:
+        return None
+    if seed is None and not compared:
+        raise ValueError("dropout_seed: wanted a seed where agree=False, as ranks do not compare theirs, got None")
+    return Dropout(float(p), drawn_seed() if seed is None else seed)
+
+
+def check_alibi(slopes: Tensor | None, q: Tensor) -> Tensor | None:
+    """The slopes of a call, fp32 [Hq] or [B, Hq] contiguous.
+
+    Raises:
+        ValueError: they are not, or want a gradient.
+    """
+    return None if slopes is None else check_slopes("alibi_slopes", slopes, q)
+
+
+def drawn_seed() -> int:
+    """A seed from torch's default generator: repeatable by torch.manual_seed, and when a checkpoint recomputes."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
+
+
+def options(plan: Plan, hop: Hop, alibi: Tensor | None, dropout: Dropout | None, heads: slice | None) -> dict[str, Any]:
+    """What `attend` is to be told of places in this hop; nothing where nothing depends on them.
+
+    Args:
+        plan: of the ring.
+        alibi: slopes of all heads.
+        heads: query heads that this rank computes; None: all.
+    """
+    if alibi is None and dropout is None:
+        return {}
+    if heads is not None:
+        alibi = None if alibi is None else alibi[..., heads].clone()
+        dropout = None if dropout is None else Dropout(dropout.p, dropout.seed, heads.start)
+    return {"positions": (plan.positions, key_positions(plan, hop)), "alibi": alibi, "dropout": dropout}
+
+
+def key_positions(plan: Plan, hop: Hop) -> Tensor:
+    """Where the hop's keys stand in the sequence of keys: int32 [keys], on the plan's device; kept with the hop."""
+    found = _KNOWN.get(hop)
+    if found is None:
+        runs = deal(plan.layout, plan.kv_seqlen, plan.world).runs[hop.source]
+        pieces = [torch.arange(*run, dtype=torch.int32, device=plan.device) for run in runs]
+        _KNOWN[hop] = found = torch.cat(pieces)[hop.keys].clone()  # aligned: for others Triton compiles another kernel
+    return found
+
+
+_KNOWN: WeakKeyDictionary[Hop, Tensor] = WeakKeyDictionary()
