@@ -8,7 +8,7 @@ TRITON_NEXT ?= 3.9.0
 # Nothing is installed where another Python is named: make test-gpu PY=python3
 ENV := $(if $(filter .venv/%,$(PY)),.venv/installed)
 
-.PHONY: help install demo serve check test test-gpu bench clean
+.PHONY: help install demo serve check test test-gpu bench docs clean
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -50,5 +50,9 @@ test-gpu: $(ENV) ## the gpu tests, on this machine's GPUs; writes docs/results/g
 bench: $(ENV) ## attention benchmark: table, JSON and plot under docs/results
 	$(PY) -m ringfa3_launch bench attention --out docs/results
 
-clean: ## remove the environments
-	rm -rf .venv .triton-next
+docs: .venv/installed ## the documentation as a site in site/, without network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html; with search: python3 -m http.server -d site"
+
+clean: ## remove the environments and the site
+	rm -rf .venv .triton-next site

@@ -48,7 +48,7 @@ def prepare(name: str, case: Case, inputs: Inputs, group: dist.ProcessGroup) -> 
         attend = find(name, case, group)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what packages raise that lack another one
         raise Missing(f"cannot be imported: {type(error).__name__}: {error}") from None
-    _tell_device(inputs.q.device)
+    tell_device(inputs.q.device)
     return Peer(both(attend, case, inputs))
 
 
@@ -89,8 +89,8 @@ def _context_parallel(name: str, case: Case, inputs: Inputs, group: dist.Process
     from torch.distributed.tensor.experimental import context_parallel
 
     if "fa3" in name:
-        _tell_device(device)
-        with _fa3_behind_torch():
+        tell_device(device)
+        with fa3_behind_torch():
             pass  # an import that fails does so here
     mesh = DeviceMesh.from_group(group, device.type)
     backend = SDPBackend.CUDNN_ATTENTION if name.endswith("cudnn") else SDPBackend.FLASH_ATTENTION
@@ -114,7 +114,7 @@ def _context_parallel(name: str, case: Case, inputs: Inputs, group: dist.Process
     @contextmanager
     def session() -> Iterator[None]:
         if "fa3" in name:
-            with _fa3_behind_torch(), ring():
+            with fa3_behind_torch(), ring():
                 yield
         else:
             with ring():
@@ -137,7 +137,7 @@ def _rotation(method: str) -> Iterator[None]:
 
 
 @contextmanager
-def _fa3_behind_torch() -> Iterator[None]:
+def fa3_behind_torch() -> Iterator[None]:
     """torch's flash attention operators run FlashAttention-3.
 
     Raises:
@@ -157,7 +157,7 @@ def _fa3_behind_torch() -> Iterator[None]:
         attention.restore_flash_attention_impl()
 
 
-def _tell_device(device: torch.device) -> None:
+def tell_device(device: torch.device) -> None:
     """Point a prebuilt FlashAttention-3 that brings a CUDA runtime of its own at this rank's GPU."""
     try:
         official: Any = importlib.import_module("fa3_official")
