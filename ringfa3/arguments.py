@@ -20,7 +20,7 @@ from ringfa3.plan import Plan
 from ringfa3.transport import choose
 from ringfa3.ulysses import deal_heads
 from ringfa3_kernels import Dropout, Partial, Unsupported, attend, attend_backward
-from ringfa3_kernels.door import check_qkv, state_dtype
+from ringfa3_kernels.door import check_qkv, is_aligned, state_dtype
 from ringfa3_kernels.quantized import Order
 
 
@@ -152,6 +152,8 @@ def check(
         shape = Hq, Hkv, q.shape[3]
         places = alibi is not None, dropout is not None
         _serves(*shape, q.dtype, q.device, softcap, impl, deterministic, backward, *places)
+    if impl == "hopper":
+        _check_aligned(q, k, v)
     v_order: Order = "rows"
     if fp8 is not None:
         check_fp8(q, fp8)
@@ -174,6 +176,15 @@ def check(
         alibi,
         dropout,
     )
+
+
+def _check_aligned(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise now what the named implementation would raise in the first hop, when the others wait."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_aligned(x):
+            raise Unsupported(
+                f"{name}: wanted rows at multiples of 16 bytes for impl='hopper', got strides {x.stride()}"
+            )
 
 
 def _mask_of(causal: bool | None, window: Any, documents: Any, mask: Mask | None, plan: Plan | None) -> Mask:

@@ -36,7 +36,7 @@ from ringfa3.transport import Transport
 from ringfa3.transport.choose import choose
 from ringfa3.ulysses import Alone, Heads, exchange, numbered, parts, ring_gang, ring_ranks
 from ringfa3_kernels import Partial, Quantized, attend, attend_backward, row_delta
-from ringfa3_kernels.door import state_dtype
+from ringfa3_kernels.door import is_aligned, state_dtype
 
 
 @entrance
@@ -226,7 +226,7 @@ class Task:
         with self._whole():
             if self.asked.fp8 is not None and self.asked.fp8.gradients == "exact":
                 out, lse = self._recomputed(q, k, v)
-            dout = torch.zeros_like(out) if dout is None else dout
+            dout = torch.zeros_like(out) if dout is None else dout if is_aligned(dout) else dout.contiguous()
             delta = row_delta(dout, out, dlse)
             if self.heads is None:
                 return tuple(x.to(out.dtype) for x in self._backward(q, k, v, lse, dout, delta))

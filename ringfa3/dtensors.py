@@ -38,7 +38,9 @@ def call(
     mesh, shards = _opened(q, k, v)
     if async_op:
         raise ValueError("async_op: wanted False for DTensors, got True")
-    _check_group(group, mesh)
+    _check_group(plan.group if group is None and plan is not None else group, mesh)
+    if isinstance(options.get("alibi_slopes"), DTensor):
+        raise ValueError("alibi_slopes: wanted a Tensor, the same on every rank, got a DTensor")
     if plan is None and layout is None:
         layout = "contiguous"  # as DTensors lie
         if mesh.ndim == 2 and mesh.mesh_dim_names != (RING, ULYSSES):

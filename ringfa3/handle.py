@@ -32,7 +32,7 @@ class Handle(Generic[T]):
         self._finish: Callable[[Tensors], T] | None = finish
         self._grad = torch.is_grad_enabled()
         self._result: T | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def done(self) -> bool:
         """Whether `wait` would return without waiting. Does not say whether the call went well."""
@@ -55,12 +55,18 @@ class Handle(Generic[T]):
 
     def _complete(self) -> None:
         """Finish the calls made before, then this one; an error is kept for its own `wait`."""
-        if self._finish is None:
-            return
-        finish, self._finish = self._finish, None
-        if self._before is not None:
-            self._before._complete()
-            self._before = None
+        waiting: list[Handle[Any]] = []
+        latest: Handle[Any] | None = self
+        while latest is not None and latest._finish is not None:  # a loop: there may be thousands
+            waiting.append(latest)
+            latest = latest._before
+        for handle in reversed(waiting):
+            handle._end()
+
+    def _end(self) -> None:
+        """Finish this call, those made before having been finished."""
+        finish, self._finish, self._before = self._finish, None, None
+        assert finish is not None
         try:
             result = self._started.result()
             for name, x, version in zip("qkv", self._inputs, self._versions, strict=True):
@@ -71,6 +77,9 @@ class Handle(Generic[T]):
                 self._result = finish(result)
         except Exception as error:
             self._error = error
+        except BaseException as error:  # Ctrl-C while it waited: nobody knows what became of the call
+            self._error = error
+            raise
         self._inputs = ()
 
 

@@ -33,7 +33,7 @@ class Started(Protocol):
         ...
 
     def result(self) -> Tensors:
-        """`join`, and what it returned. Raises what it raised."""
+        """`join`, and what it returned: once. Raises what it raised."""
         ...
 
 
@@ -84,7 +84,8 @@ class _Threaded:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._result
+        result, self._result = self._result, ()  # the lane holds its last call until the next one
+        return result
 
     def _run(self) -> None:
         try:
@@ -95,6 +96,7 @@ class _Threaded:
                 self._result = self._work()
         except BaseException as error:  # result() raises it
             self._error = error
+        del self._work  # and what it reads
 
 
 class _Queued:
@@ -124,9 +126,10 @@ class _Queued:
         self.join()
         if self._error is not None:
             raise self._error
-        for x in self._result:
+        result, self._result = self._result, ()  # the lane holds its last call until the next one
+        for x in result:
             x.record_stream(torch.cuda.current_stream(self._device))
-        return self._result
+        return result
 
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()

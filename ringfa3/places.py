@@ -43,11 +43,19 @@ def check_alibi(slopes: Tensor | None, q: Tensor) -> Tensor | None:
     Raises:
         ValueError: they are not, or want a gradient.
     """
-    return None if slopes is None else check_slopes("alibi_slopes", slopes, q)
+    return None if slopes is None else check_slopes("alibi_slopes", slopes, q).clone()  # the caller may write to them
 
 
 def drawn_seed() -> int:
-    """A seed from torch's default generator: repeatable by torch.manual_seed, and when a checkpoint recomputes."""
+    """A seed from torch's default generator: repeatable by torch.manual_seed, and when a checkpoint recomputes.
+
+    Raises:
+        ValueError: a CUDA graph is captured, every replay of which would drop the same.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "dropout_seed: wanted a seed while a CUDA graph is captured, whose replays repeat it, got None"
+        )
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
@@ -73,7 +81,9 @@ def key_positions(plan: Plan, hop: Hop) -> Tensor:
     if found is None:
         runs = deal(plan.layout, plan.kv_seqlen, plan.world).runs[hop.source]
         pieces = [torch.arange(*run, dtype=torch.int32, device=plan.device) for run in runs]
-        _KNOWN[hop] = found = torch.cat(pieces)[hop.keys].clone()  # aligned: for others Triton compiles another kernel
+        found = torch.cat(pieces)[hop.keys].clone()  # aligned: for others Triton compiles another kernel
+        if not (plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # else it is the graph's
+            _KNOWN[hop] = found
     return found
 
 

@@ -153,11 +153,13 @@ def follow(engine: Any, ids: list[int], sampling: Sampling, tell: Tell) -> Answe
         events.append(event)
         if event.token is not None:
             times.append(time.perf_counter())
-        if event.text:
-            tell(event.text)
-        if event.finish is not None:
-            pages.append(tuple(engine.stats()["pages_used"]))
-            engine.close()
+        try:
+            if event.text:
+                tell(event.text)
+        finally:  # also where nobody reads any more
+            if event.finish is not None:
+                pages.append(tuple(engine.stats()["pages_used"]))
+                engine.close()
 
     begun = time.perf_counter()
     engine.submit(ids, sampling, on_event=hear)
@@ -181,7 +183,7 @@ def pages_for(prompt: int, answer: int, world: int, chunk: int, page_size: int) 
     from ringfa3.inference.schedule import Scheduler
 
     tokens, _ = Scheduler(Pages(world, 1, page_size), chunk=chunk).capacity(prompt, answer)
-    return -(-tokens // page_size)
+    return -(-(tokens + 1) // page_size)  # one rank alone counts the last token too, which is never held
 
 
 @contextmanager

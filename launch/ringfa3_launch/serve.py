@@ -125,33 +125,40 @@ def start(args: argparse.Namespace, folder: Path, gpus: int) -> Any:
     """
     from ringfa3_launch.cluster import RingCluster
 
-    if args.ranks is not None and args.ranks < 1:
-        raise ValueError(f"--ranks: wanted 1 or more, got {args.ranks}")
-    if args.attention_only and args.model:
-        raise ValueError(f"--attention-only: wanted no --model beside it, got {args.model!r}")
-    ranks = args.ranks or gpus or 2
-    if args.tp < 1 or ranks % args.tp:
-        raise ValueError(f"--tp: wanted a divisor of the number of ranks, {ranks}, got {args.tp}")
-    if args.attention_only and args.tp > 1:
-        raise ValueError(f"--attention-only: wanted no --tp beside it, got {args.tp}")
-    options: dict[str, Any] = {"device": "cuda" if gpus else "cpu", "chunk": args.chunk}
-    if not args.attention_only:
-        checkpoint = Checkpoint.find(args.model)
-        print(f"ringfa3: reading {checkpoint.name}", flush=True)
-        unpacked = folder / checkpoint.name
-        unpacked.mkdir()
-        path, tokenizer = checkpoint.unpack(unpacked)
-        if path == unpacked:
-            tokenizer.save_pretrained(path)
-        options |= {"model": path, "dtype": args.dtype, "tp": args.tp}
-        if args.pages is not None:
-            options["pages"] = args.pages
+    ranks, options = cluster_options(args, folder, gpus)
     print(f"ringfa3: starting {ranks} {'GPU' if gpus else 'CPU'} ranks ({args.launcher})", flush=True)
     begin = RingCluster.ray if args.launcher == "ray" else RingCluster.local
     cluster = begin(ranks, **options)
     if args.model_name is not None:
         cluster.model_name = args.model_name
     return cluster
+
+
+def cluster_options(args: argparse.Namespace, folder: Path, gpus: int) -> tuple[int, dict[str, Any]]:
+    """How many ranks, and what a RingCluster is told besides; see `start`."""
+    if args.ranks is not None and args.ranks < 1:
+        raise ValueError(f"--ranks: wanted 1 or more, got {args.ranks}")
+    ranks = args.ranks or gpus or 2
+    if args.tp < 1 or ranks % args.tp:
+        raise ValueError(f"--tp: wanted a divisor of the number of ranks, {ranks}, got {args.tp}")
+    options: dict[str, Any] = {"device": "cuda" if gpus else "cpu", "chunk": args.chunk}
+    if args.attention_only:
+        of_models = {"model": None, "model_name": None, "pages": None, "dtype": "auto", "tp": 1}
+        for name, default in of_models.items():
+            if (given := getattr(args, name)) != default:
+                raise ValueError(f"--attention-only: wanted no --{name.replace('_', '-')} beside it, got {given!r}")
+        return ranks, options
+    checkpoint = Checkpoint.find(args.model)
+    print(f"ringfa3: reading {checkpoint.name}", flush=True)
+    unpacked = folder / checkpoint.name
+    unpacked.mkdir()
+    path, tokenizer = checkpoint.unpack(unpacked)
+    if path == unpacked:
+        tokenizer.save_pretrained(path)
+    options |= {"model": path, "dtype": args.dtype, "tp": args.tp}
+    if args.pages is not None:
+        options["pages"] = args.pages
+    return ranks, options
 
 
 def access_from(args: argparse.Namespace) -> Access:
@@ -202,6 +209,11 @@ def limits_from(args: argparse.Namespace, *, cpu: bool) -> Limits:
     """The limits that the options ask for."""
     from ringfa3_launch.service.limits import MIB, Limits
 
+    for name in ("max_json_mib", "max_tensors_mib"):
+        if not 0 < getattr(args, name) < 1 << 40:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: wanted more than 0 and less than 2^40, got {getattr(args, name)}"
+            )
     json_bytes, tensor_bytes = int(args.max_json_mib * MIB), int(args.max_tensors_mib * MIB)
     return Limits(
         json_bytes=json_bytes,

@@ -6,6 +6,7 @@ import logging
 import operator
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ class Batching:
             ValueError: an argument is wrong, or the request would never fit; names it.
             Busy: the queue is full.
         """
+        if session is not None and not isinstance(session, str):
+            raise ValueError(f"session: wanted a name or None, got {session!r}")
         sampling = Sampling() if sampling is None else sampling
         tokens = self._checked(ids, sampling)
         transcript = Transcript(self.tokenizer, prompt=tokens, stop=sampling.stop)
@@ -94,6 +97,12 @@ class Batching:
                 self._counters.refused += 1
                 raise Busy(f"{len(self._scheduler.waiting)} requests wait already, which is all that may")
             return self._enter(tokens, sampling, transcript, session, on_event)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together, by the model and by the cache."""
+        totals = range(2, self.runner.max_length + 1)
+        return 1 + bisect_left(totals, True, key=lambda total: operator.gt(*self._scheduler.capacity(1, total - 1)))
 
     def cancel(self, request: int) -> bool:
         """End a request at the next step; its pages are free then. False: it has ended already."""

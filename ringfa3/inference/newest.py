@@ -29,7 +29,8 @@ class Newest:
     Args:
         positions: int64 [B, n], global.
         slots: int64 [B, n], where this rank keeps them; the cache's scratch for those that another rank keeps.
-        tables: int32 [B, blocks], this rank's pages of each sequence, filled up with -1; at least one block.
+        tables: int32 [B, blocks], this rank's pages of each sequence, filled up with -1; at least one block, and as
+            many as the longest table of any rank.
         bounds: by mask, int32 [2, B, n]: the first of this rank's keys that a token sees, and the first past the last.
     """
 
@@ -57,8 +58,9 @@ class Newest:
         for mask in masks:
             whole = (bound[back].reshape(positions.shape) for bound in mask.bounds(ordered, int(ordered[-1]) + 1))
             bounds[mask] = np.stack([pages.below_each(rank, sequences, bound) for bound in whole])
-        tables = pages.block_tables(rank, sequences)
-        return cls(positions, slots, tables if tables.size else np.full((len(sequences), 1), -1, np.int32), bounds)
+        # as wide as any rank's: ranks of other forms would capture CUDA graphs, and their collectives, at other steps
+        tables = pages.block_tables(rank, sequences, max(1, pages.blocks(sequences)))
+        return cls(positions, slots, tables, bounds)
 
 
 @dataclass(frozen=True, eq=False)

@@ -277,6 +277,14 @@ class Pages:
             row[: len(table)] = _ints(table)
         return blocks
 
+    def blocks(self, sequences: Sequence[int]) -> int:
+        """Blocks of the longest table of these sequences on any rank: alike on all.
+
+        Raises:
+            ValueError: a sequence is unknown.
+        """
+        return max((len(share.table) for sequence in sequences for share in self._shares(sequence)), default=0)
+
     def audit(self) -> None:
         """Check the books. Raises RuntimeError that names what does not add up. Costs O(pages + runs)."""
         for rank, (free, references) in enumerate(zip(self._free, self._references, strict=True)):

@@ -259,19 +259,26 @@ class Runner:
     def _appended(self, counts: dict[int, int]) -> Iterator[dict[int, Placed]]:
         """Places for so many tokens of each sequence; taken back where the step fails, which is told the other ranks.
 
+        A sequence whose shared page could not even be copied is freed.
+
         Raises:
             CacheFull: there is no room; on every rank, before anything has changed.
         """
         placed = self.pages.append_all(counts)
+        copied = False
         try:
             with self._ranks.step(self._model.device), self._tensor.step(self._model.device):
                 self.cache.copy(pair for each in placed.values() for pair in each.copies[self._ranks.rank])
+                copied = True
                 yield placed
             for seq in placed:
                 self.pages.trim(seq)
         except BaseException as error:
             for seq, each in placed.items():
-                self.pages.truncate(seq, each.start)
+                if copied or not any(each.copies):
+                    self.pages.truncate(seq, each.start)
+                else:  # its last page is a copy that was not made
+                    self.pages.free(seq)
             if self._agreement is None:
                 raise
             blamed = self._blamed(self._agreement, error)

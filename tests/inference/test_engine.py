@@ -356,6 +356,8 @@ def test_refused_before_anything_is_queued():
     ):
         with pytest.raises(ValueError, match=said):
             engine.submit(ids, sampling, on_event=Heard())
+    with pytest.raises(ValueError, match=r"session: wanted a name or None, got \['a'\]"):
+        engine.submit([1], session=["a"], on_event=Heard())
     with pytest.raises(ValueError, match="prompts: wanted token ids"):
         engine.generate(["text"])
     with pytest.raises(ValueError, match="sampling: wanted one for each of 1 prompts, got 2"):
@@ -374,6 +376,18 @@ def test_refused_before_anything_is_queued():
     for name in ("chunk", "max_running", "max_waiting"):
         with pytest.raises(ValueError, match=f"{name}: wanted an integer, 1 or more, got 0"):
             Engine(Toy(), **{name: 0})
+
+
+@pytest.mark.parametrize(("world", "most"), [(1, 4096), (1, 20), (2, 4096), (3, 30)])
+def test_the_longest_request_is_served_and_a_longer_one_is_not(world, most):
+    engine = Engine(Toy(world=world, pages=9, page_size=4, max_length=most), chunk=7, eos=[])
+    longest = engine.longest
+    assert 2 <= longest <= most
+    for prompt in (1, longest - 1, longest // 2):
+        engine.submit([1] * prompt, Sampling(max_tokens=longest - prompt), on_event=Heard())
+        with pytest.raises(ValueError, match="max_tokens: wanted prompt and answer within"):
+            engine.submit([1] * prompt, Sampling(max_tokens=longest - prompt + 1), on_event=Heard())
+    finished(engine)
 
 
 def test_a_full_cache_that_all_ranks_meet_alike_costs_one_step():

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfa3 import Mask
 from ringfa3.inference import CacheFull, Pages
+from ringfa3.inference.newest import Form, Newest
 from ringfa3.layout import resolve
 
 
@@ -17,6 +19,21 @@ def state(pages):
     ranks = range(pages.world)
     tables = {s: [(pages.table(r, s), pages.runs(r, s)) for r in ranks] for s in pages.sequences}
     return tables, [pages.used(r) for r in ranks], [pages.free_pages(r) for r in ranks]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_capture_the_same_graphs(world):
+    """A graph holds collectives: a rank that captures one while others replay theirs would be a round ahead of them."""
+    pages = Pages(world, 300, 1)
+    pages.create(7)
+    widths = set()
+    for _ in range(150):
+        placed = {7: pages.append(7, 1)}
+        forms = {Form.of(Newest.of(pages, placed, (Mask(),), r, 300), padded=True) for r in range(world)}
+        assert len(forms) == 1
+        widths |= {form.blocks for form in forms}
+        assert pages.blocks([7]) == max(len(pages.table(r, 7)) for r in range(world))
+    assert len(widths) > 1
 
 
 def grown(pages, sequence, counts):

@@ -11,6 +11,7 @@ import transformers
 
 from ringfa3.inference import Sampling
 from ringfa3_launch import serve
+from ringfa3_launch.cluster import RingCluster
 from tests.launch import tiny_model
 
 
@@ -38,5 +39,15 @@ def test_ranks_that_share_the_weights(tmp_path: Path) -> None:
 def test_wrong_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--tp: wanted a divisor of the number of ranks, 3, got 2"):
         serve.start(options("--ranks", "3", "--tp", "2"), tmp_path, 0)
-    with pytest.raises(ValueError, match="--attention-only: wanted no --tp beside it, got 2"):
-        serve.start(options("--ranks", "2", "--tp", "2", "--attention-only"), tmp_path, 0)
+    for name, value in (
+        ("--tp", "2"),
+        ("--model", "m"),
+        ("--model-name", "m"),
+        ("--pages", "3"),
+        ("--dtype", "float16"),
+    ):
+        with pytest.raises(ValueError, match=f"--attention-only: wanted no {name} beside it, got '?{value}"):
+            serve.cluster_options(options("--ranks", "2", name, value, "--attention-only"), tmp_path, 0)
+    for n, tp, model in ((2, 2, None), (2, 3, tmp_path)):
+        with pytest.raises(ValueError, match=f"tp: wanted 1 without a model, else a divisor of 2 ranks, got {tp}"):
+            RingCluster.local(n, device="cpu", model=model, tp=tp)

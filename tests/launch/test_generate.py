@@ -245,6 +245,7 @@ def test_there_are_pages_enough(
     prompt: int, answer: int, world: int, chunk: int, page_size: int, sequence: int
 ) -> None:
     pages = Pages(world, pages_for(prompt, answer, world, chunk, page_size), page_size)
+    assert pages.pages * page_size * world >= prompt + answer  # which the runner asks for
     pages.create(sequence)
     for begin in range(0, prompt, chunk):
         pages.append(sequence, min(chunk, prompt - begin))

@@ -175,6 +175,18 @@ def test_the_models_length_is_kept(client: openai.OpenAI) -> None:
         client.completions.create(model="toy", prompt="x" * 4000, max_tokens=97)
 
 
+def test_a_model_without_a_tokenizer_takes_ids() -> None:
+    gang = ToyGang()
+    gang.tokenizer = None
+    try:
+        with serving(gang) as (url, _):
+            reply = httpx.post(f"{url}/v1/completions", json=TEXT)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt")
+            assert "no tokenizer" in reply.json()["error"]["message"]
+    finally:
+        gang.close()
+
+
 def test_errors_are_openais(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="other", prompt="x")

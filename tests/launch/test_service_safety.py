@@ -532,6 +532,14 @@ def test_another_address_needs_a_token(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_limits_are_checked() -> None:
+    for name, value in (
+        ("--deadline", "nan"),
+        ("--deadline", "inf"),
+        ("--max-json-mib", "inf"),
+        ("--max-json-mib", "nan"),
+    ):
+        with pytest.raises(ValueError, match="wanted more than 0"):
+            serve.limits_from(options(name, value), cpu=True)
     for name in ("--deadline", "--max-json-mib", "--max-completions"):
         with pytest.raises(ValueError, match="wanted more than 0"):
             serve.limits_from(options(name, "0"), cpu=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import os
+import sys
 import time
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -322,6 +326,36 @@ def test_async_result_and_gradients(world, transport):
     check(case, world(3)(ring_case, case, {"async_op": True}))
     case = Case(transport=transport)
     check(case, world(1)(ring_case, case, {"async_op": True}))
+
+
+def test_handles_are_many_and_hold_nothing() -> None:
+    q = torch.randn(1, 2, 1, 8)
+    handles = [ringfa3.ring_attention(q, q, q, async_op=True, agree=False) for _ in range(200)]
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)  # not a call deeper for each of them
+    try:
+        out = handles[-1].wait()  # finishes all of them
+    finally:
+        sys.setrecursionlimit(usual)
+    assert all(handle.done() for handle in handles)
+    assert torch.equal(handles[0].wait(), out)
+    held = weakref.ref(out)
+    del handles, out
+    gc.collect()
+    assert held() is None
+
+
+def test_a_broken_wait_is_not_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 1, 8)
+    handle = ringfa3.ring_attention(q, q, q, async_op=True)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(handle._started, "result", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            handle.wait()
 
 
 def overlap(rank: int, size: int, late: float) -> None:

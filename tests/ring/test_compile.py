@@ -343,6 +343,12 @@ def dtensors(rank: int, size: int) -> None:
         ("q: wanted .* over axis dp", tuple(other), {}),
         ("v: wanted a DTensor", (q, k, v.to_local()), {}),
         ("group: wanted that of the DTensors' mesh", (q, k, v), {"group": two}),
+        (
+            "group: wanted that of the DTensors' mesh",
+            (q, k, v),
+            {"plan": ringfa3.plan(Mask(), "zigzag", 24, mine_alone)},
+        ),
+        ("alibi_slopes: wanted a Tensor", (q, k, v), {"alibi_slopes": cut}),
         ("async_op: wanted False", (q, k, v), {"async_op": True}),
         ("sink_logits: wanted a DTensor replicated", (q, k, v), {"sink_logits": cut}),
     ]

@@ -184,7 +184,7 @@ def here(args: argparse.Namespace, program: Program, folder: Path, gpus: int) ->
     dtype = ("bfloat16" if gpus else "float32") if args.dtype == "auto" else args.dtype
     device = "cuda" if gpus else "cpu"
     chosen = argparse.Namespace(
-        model=args.model, model_name=None, attention_only=False, ranks=args.ranks, dtype=dtype, pages=args.pages,
+        model=args.model, model_name=None, attention_only=False, ranks=args.ranks, tp=1, dtype=dtype, pages=args.pages,
         chunk=args.chunk or (8192 if gpus else 512), launcher=args.launcher,
     )  # fmt: skip
     with redirect_stdout(sys.stderr):  # what it says of its progress

@@ -47,6 +47,9 @@ class RingCluster:
     def __init__(self, launcher: Launcher, settings: Settings, *, name: str | None = None) -> None:
         if not settings.token:
             settings = _with_token(settings)
+        if settings.tp > 1 and (settings.model is None or launcher.world % settings.tp):
+            wanted = f"1 without a model, else a divisor of {launcher.world} ranks"
+            raise ValueError(f"tp: wanted {wanted}, got {settings.tp}")
         self.settings, self.world = settings, launcher.world
         self.model_name = name or (Path(settings.model).name if settings.model else None)
         self._tokenizer: Any = None

@@ -120,7 +120,7 @@ class Texts:
 
     def info(self) -> dict[str, Any]:
         """What the model is, and how the engine does."""
-        return {"vocab": self._runner.vocab, "max_length": self._runner.max_length, "engine": self._engine.stats()}
+        return {"vocab": self._runner.vocab, "max_length": self._engine.longest, "engine": self._engine.stats()}
 
     def hops(self) -> dict[str, Any]:
         """The last prefill of this rank, hop by hop; none where keys and values did not travel.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -60,8 +61,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and min(value if isinstance(value, tuple) else (value,)) <= 0:
-                raise ValueError(f"{field.name}: wanted more than 0, got {value}")
+            for each in () if value is None else value if isinstance(value, tuple) else (value,):
+                if not 0 < each < math.inf:
+                    raise ValueError(f"{field.name}: wanted more than 0, and a finite number, got {value}")
 
 
 class Gate:

@@ -28,13 +28,15 @@ async def text_prompt(service: Service, asked: CompletionRequest) -> Prompt:
     text = asked.prompt
     if isinstance(text, str):
         tokenizer = service.cluster.tokenizer
+        if tokenizer is None:
+            raise Refusal.wrong("prompt", "token ids: this model has no tokenizer", "text")
         ids = await service.tokenize(lambda: list(tokenizer(text)["input_ids"]))
     else:
         ids = text
         vocab = (await service.facts()).vocab
         if vocab is not None and max(ids) >= vocab:
             raise Refusal.wrong("prompt", f"token ids below {vocab}", max(ids))
-    return await _fitted(service, ids, "prompt", asked.max_tokens or 16, "max_tokens")
+    return await _fitted(service, ids, "prompt", asked.max_tokens, "max_tokens", usual=16)
 
 
 async def chat_prompt(service: Service, asked: ChatRequest) -> Prompt:
@@ -85,8 +87,10 @@ def sampling_of(service: Service, asked: Asked, prompt: Prompt) -> Any:
     )
 
 
-async def _fitted(service: Service, ids: list[int], param: str, wanted: int | None, limit: str) -> Prompt:
-    """ids and the answer's length, both within the limits; wanted None: as long as there is room."""
+async def _fitted(
+    service: Service, ids: list[int], param: str, wanted: int | None, limit: str, *, usual: int = 1 << 20
+) -> Prompt:
+    """ids and the answer's length, both within the limits; wanted None: as usual, or as long as there is room."""
     limits = service.limits
     context = (await service.facts()).context
     if not ids:
@@ -98,7 +102,7 @@ async def _fitted(service: Service, ids: list[int], param: str, wanted: int | No
     if wanted is not None and wanted > room:
         got = f"{wanted} after a prompt of {len(ids)}"
         raise Refusal.wrong(limit, f"at most {room} tokens", got, code="context_length_exceeded")
-    return Prompt(ids, room if wanted is None else wanted)
+    return Prompt(ids, min(room, usual) if wanted is None else wanted)
 
 
 def _role(message: Message) -> str:

@@ -17,8 +17,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ringfa3_launch.checkpoint import Checkpoint, hush
-from ringfa3_launch.serve import add_arguments, limits_from, token_from
+from ringfa3_launch.checkpoint import hush
+from ringfa3_launch.serve import add_arguments, cluster_options, limits_from, token_from
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -87,16 +87,8 @@ def create(args: argparse.Namespace) -> FastAPI:
     if args.device == "cuda" and not gpus:
         raise ValueError("device: wanted GPUs in the Ray cluster, got none")
     folder = tempfile.TemporaryDirectory(prefix="ringfa3-serve-")
-    options: dict[str, Any] = {"device": "cuda" if gpus else "cpu", "chunk": args.chunk, "name": NAME}
-    if not args.attention_only:
-        checkpoint = Checkpoint.find(args.model)
-        path, tokenizer = checkpoint.unpack(Path(folder.name))
-        if path == Path(folder.name):
-            tokenizer.save_pretrained(path)
-        options |= {"model": path, "dtype": args.dtype}
-        if args.pages is not None:
-            options["pages"] = args.pages
-    cluster = RingCluster.ray(args.ranks or gpus or 2, **options)
+    ranks, options = cluster_options(args, Path(folder.name), gpus)
+    cluster = RingCluster.ray(ranks, name=NAME, **options)
     if args.model_name is not None:
         cluster.model_name = args.model_name
     access = Access(token, None) if token is not None else Access()

@@ -94,7 +94,7 @@ class Service:
         self._names.move_to_end(name)
         if len(self._names) > self.limits.conversations:
             oldest, _ = self._names.popitem(last=False)
-            await self.look(lambda: self.cluster.close_session(oldest))
+            self.begin(self.look(lambda: self.cluster.close_session(oldest), 60.0))  # nobody has to wait for that
 
     async def look(self, fn: Callable[[], T], seconds: float = 1.0) -> T:
         """fn(), which asks the gang how it is, in a thread.
