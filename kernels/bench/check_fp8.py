@@ -259,6 +259,24 @@ def _streams() -> str:
     return "" if same else "results differ from those of one stream"
 
 
+@special("NaN in a row of q, continued over two shards: that row, and no others")  # the last: it could hang
+def _nan_row() -> str:
+    q, k, v = (torch.randn(1, 512, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q[0, 5, 0, 0] = torch.nan
+    queries, keys, values = quantize(q, k, v, v_order="keys")
+    state = None
+    for begin in (0, 256):
+        shard = keys.rows(begin, begin + 256), values.rows(begin, begin + 256)
+        state = hopper.attend_quantized(
+            queries, *shard, Visible.full(512, 256, "cuda"), scale=0.1, softcap=0.0, into=state, out_dtype=torch.float32
+        )
+    assert state is not None
+    bad = torch.zeros(1, 512, 4, dtype=torch.bool, device="cuda")
+    bad[0, 5, 0] = True
+    fine = state.out.isnan().equal(bad[..., None].expand_as(state.out)) and state.lse.isnan().equal(bad.transpose(1, 2))
+    return "" if fine else "NaN in other rows than the one that has it"
+
+
 def isolate() -> None:
     """Take the kernel apart: each line tests one more piece than those before, so that the first wrong one names it."""
     for D in (128, 64, 256):

@@ -26,6 +26,7 @@ TUNED: list[Job] = [
     {"D": 128, "mask": "intervals", "mode": "into"},
 ]
 OTHERS: list[Job] = [
+    {"D": 128, "mask": "full", "mode": "into"},
     {"D": 64, "mask": "intervals", "mode": "into"},
     {"D": 256, "mask": "causal", "mode": "plain"},
     {"D": 80, "mask": "full", "mode": "wide", "Sk": 2000, "softcap": True, "change": {"LAZY": 4}},

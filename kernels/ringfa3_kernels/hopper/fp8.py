@@ -54,7 +54,7 @@ from ringfa3_kernels.hopper.gluon import (
 )
 from ringfa3_kernels.hopper.producer import K_FREE, V_FREE, allocate, query_head, receive
 from ringfa3_kernels.hopper.schedule import LIVE_TILES
-from ringfa3_kernels.hopper.softmax import cap, row_total, scaled
+from ringfa3_kernels.hopper.softmax import FLOOR, cap, row_total, scaled
 
 SCALE_ROWS = gl.constexpr(128)  # that a block's scale covers
 
@@ -226,6 +226,8 @@ def _first(W: gl.constexpr, it, ti, tile, m_i, lo, hi, row_factor, sm, work, sca
     s, by = _scored(s, k_scale, row_factor, work, C)
     s = _masked(s, lo, hi, tile.end - 1, tile, C)
     m_new = fp8_new_max(s, m_i, by, C)
+    if C.INTO:  # a NaN lse would make m_new NaN in some lanes: barrier_arrive_after wants one answer of a whole warp
+        m_new = gl.maximum(m_new, FLOOR)
     p32, l_i = fp8_exp_block(s, m_new, by, C)  # l_i: running sum of exp2(s - m_i), spread over 8 columns
     if C.INTO:  # the state counts as one key whose score is lse
         l_i = l_i + scaled(gl.full_like(l_i, 0.125 * C.WEIGHT), gl.exp2(m_i - m_new))
@@ -331,9 +333,10 @@ def _consumer(W: gl.constexpr, o_desc, work, scales, sm, C: gl.constexpr):
         barrier_sync(TURN, C.NWG * 128)  # takes the extra arrival made at the start
 
 
-# Sizes are not specialised: every new length would compile again (7 s).
+# Sizes are not specialised: every new length would compile again (7 s). Nor is how scales are aligned: a slice of a
+# shard begins at any of them.
 _SIZES = ["state_b", "state_s", "state_h", "rows_stride", "tiles_stride", "pairs", "ntiles", "num_m", "wave", "heads"]
-_SIZES += ["group", "Sq", "Sk", "D", "q_row", "k_row", "step"]
+_SIZES += ["group", "Sq", "Sk", "D", "q_row", "k_row", "step", "q_scale", "k_scale", "v_scale"]
 
 
 @gluon.jit(do_not_specialize=_SIZES)

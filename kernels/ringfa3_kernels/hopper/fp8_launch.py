@@ -96,7 +96,9 @@ def prepare(
     wide = result.out.dtype == torch.float32
     queries = q.data
     if scale < 0 and not softcap:
-        queries, scale = (queries.view(torch.uint8) ^ 0x80).view(queries.dtype), -scale  # the maximum needs scale > 0
+        flipped = torch.empty_strided(queries.shape, queries.stride(), dtype=torch.uint8, device=queries.device)
+        torch.bitwise_xor(queries.view(torch.uint8), 0x80, out=flipped)  # the maximum needs scale > 0
+        queries, scale = flipped.view(queries.dtype), -scale
     C = _config(D, visible.kind, Sq, Sk, Hq // Hkv, softcap != 0, into is not None, wide, tile)
     sizes = _sizes(C, B, Sq, Sk, Hq, Hkv, D)
     lo, hi, rows_stride, tiles = result.lse, result.lse, 0, counter
