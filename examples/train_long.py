@@ -7,7 +7,8 @@
 The text is the prose of Python's language reference (or --text FILE), in bytes; each sequence holds several documents
 that do not see each other. --cp ranks share a sequence, the others have sequences of their own; the loss does not
 depend on how many do, and neither do checkpoints: the same command goes on from the newest one in --out, also on
-another number of ranks. --out gets curve.jsonl (a line a step), curve.png, arguments.json and checkpoints/.
+another number of ranks (where --cp is less than all, say --batch, which must not change). --out gets curve.jsonl (a
+line a step), curve.png, arguments.json and checkpoints/.
 """
 
 from __future__ import annotations
@@ -121,14 +122,18 @@ def train(args: argparse.Namespace, device: torch.device, tell: Tell) -> list[fl
     """
     mesh = meshes(args, device)
     dp, row = mesh["dp"].size(), mesh["dp"].get_local_rank()
-    batch = args.batch or dp
-    if batch % dp:
+    batch = args.batch = dp if args.batch is None else args.batch  # resolved: Journal compares it
+    if batch < 1 or batch % dp:
         raise ValueError(f"--batch: wanted a multiple of the {dp} dp ranks, got {batch}")
+    if args.keep < 1:
+        raise ValueError(f"--keep: wanted at least 1 (--save-every 0 saves none), got {args.keep}")
     text = np.frombuffer("\n\n".join(document(args.text)).encode(), np.uint8)
     model = build(args, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, fused=device.type == "cuda")
     journal = Journal(args, dist.get_rank() == 0)
     done = restore(journal, model, optimizer)
+    if args.report and done >= args.steps:
+        raise ValueError(f"--report: wanted steps to time, got a run whose {args.steps} steps are done (see --fresh)")
     times: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -158,7 +163,7 @@ def train(args: argparse.Namespace, device: torch.device, tell: Tell) -> list[fl
 def meshes(args: argparse.Namespace, device: torch.device) -> DeviceMesh:
     """The mesh dp x cp."""
     world = dist.get_world_size()
-    cp = args.cp or world
+    cp = world if args.cp is None else args.cp
     if cp < 1 or world % cp:
         raise ValueError(f"--cp: wanted a divisor of the {world} ranks, got {cp}")
     check_peer(args, device, cp)

@@ -25,6 +25,7 @@ from ringfa3.fp8 import Fp8
 from ringfa3.integrations.ranks import Ranks, ranks_of
 from ringfa3.integrations.transformers import SHARDED, Call
 from ringfa3.integrations.whole import IGNORED, Whole, read
+from ringfa3.integrations.words import implementations
 from ringfa3.layout import Layout
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
@@ -94,7 +95,7 @@ def context_parallel(
     ranks = ranks_of(mesh)
     options = {"transport": transport, "deterministic": deterministic, "impl": impl, "fp8": fp8}
     context = ContextParallel(inner, ranks, layout, ranks.size if gradients == "mean" else 1, options, agree)
-    before = inner.config._attn_implementation
+    before = implementations(inner.config)
     inner.set_attn_implementation(SHARDED)
     if inner.config._attn_implementation != SHARDED:
         raise ValueError(f"model: wanted one that uses transformers' AttentionInterface, got {type(inner).__name__}")
@@ -187,7 +188,7 @@ class ContextParallel:
         self._loss = None
         if whole.targets is not None:
             targets = plan.shard(whole.targets)
-            self._loss = _Loss(targets, self._divisor(whole.targets, given.pop("num_items_in_batch", None)))
+            self._loss = _Loss(targets, self._divisor(whole.targets, whole.num_items))
             given["labels"] = given["shift_labels"] = targets
         self._call = Call(model, plan, self._options)
         _, given = self._call.begin(model, (), {name: x for name, x in given.items() if x is not None})
@@ -225,20 +226,19 @@ class ContextParallel:
 
     def _check_loss(self, model: PreTrainedModel, given: dict[str, Any]) -> None:
         """Raise ValueError where the loss is no sum over targets that this rank's share can be taken of."""
-        if "shift_labels" not in inspect.signature(self._own_loss).parameters:
-            raise ValueError(f"labels: wanted a causal language model's, got them for {type(model).__name__}")
+        missing = {"shift_labels", "num_items_in_batch"} - set(inspect.signature(self._own_loss).parameters)
+        if missing:  # **kwargs do not say that it heeds them
+            raise ValueError(
+                f"labels: wanted a causal language model's, whose loss_function names {' and '.join(sorted(missing))} "
+                f"among its parameters, got them for {type(model).__name__}"
+            )
         if given.get("output_router_logits") or getattr(model.config, "output_router_logits", False):
             raise ValueError("output_router_logits: wanted False beside labels (a router's loss is no sum), got True")
-        keep = given.get("logits_to_keep", 0)
-        if isinstance(keep, Tensor) or keep != 0:
-            raise ValueError("logits_to_keep: wanted 0 beside labels, got another")
 
-    def _divisor(self, targets: Tensor, num_items: Any) -> Tensor:
+    def _divisor(self, targets: Tensor, num_items: Tensor | None) -> Tensor:
         """What the sum of this rank's losses is divided by: all valid targets, by how many ranks are averaged."""
-        if num_items is None:
-            total = self._ranks.data_total((targets != IGNORED).sum()).clamp(min=1)
-        else:
-            total = torch.as_tensor(num_items, device=targets.device)
+        valid = (targets != IGNORED).sum()
+        total = self._ranks.data_total(valid).clamp(min=1) if num_items is None else num_items
         return (total.double() / self._averaged).float()
 
 

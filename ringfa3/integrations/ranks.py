@@ -14,7 +14,8 @@ from ringfa3.shards import Group, members
 
 CP = "cp"
 DATA = ("dp", "dp_replicate", "dp_shard")  # axes along which sequences differ
-FAILED = -1  # in the place of a fingerprint
+FINGERPRINT = 6  # numbers of what a rank was given
+FAILED = -1  # in their place
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +36,18 @@ class Ranks:
         """Return where all ranks of the mesh have said what their sequence's other ranks say; the host waits for it.
 
         Args:
-            fingerprint: int64 [5], each at least 0, of what this rank was given.
+            fingerprint: int64 [FINGERPRINT], each at least 0, of what this rank was given; the last two are of labels
+                and num_items_in_batch, 0 where there are none.
             error: what is wrong with it, if something is; the caller raises it where this returns.
 
         Raises:
-            ValueError: ranks were given different arguments, or another rank has an error.
+            ValueError: ranks were given different arguments, or some rows of the mesh alone have labels or
+                num_items_in_batch (all would wait for their sums), or another rank has an error.
         """
         if self.size == 1:
             return
         if fingerprint is None or error is not None:
-            fingerprint = torch.full((5,), FAILED, dtype=torch.int64, device=device)
+            fingerprint = torch.full((FINGERPRINT,), FAILED, dtype=torch.int64, device=device)
         both = torch.cat([fingerprint, -fingerprint])  # the largest, and the smallest
         group, world, _ = members(self.sequence)
         if world > 1:
@@ -52,19 +55,23 @@ class Ranks:
         largest, smallest = both.chunk(2)
         differ = (largest != -smallest).any()
         failed = (smallest == -FAILED).any()
-        found = torch.stack([differ & ~failed, failed]).long()
+        given = largest[-2:] > 0
+        found = torch.cat([torch.stack([differ & ~failed, failed]), given, ~given]).long()
         for peers in self.data:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=peers)
-        different, wrong = found.tolist()
+        different, wrong, labels, num_items, no_labels, no_num_items = found.tolist()
         if error is not None:
             return
         if wrong:
             raise ValueError("model: wanted arguments that are right on every rank, got an error on another rank")
         if different:
             raise ValueError(
-                "input_ids, labels, position_ids, documents: wanted the same whole sequence on every rank of the cp "
-                "axis (a sampler that deals to dp ranks alone), got different ones on some"
+                "input_ids, labels, position_ids, documents, num_items_in_batch: wanted the same whole sequence on "
+                "every rank of the cp axis (a sampler that deals to dp ranks alone), got different ones on some"
             )
+        for name, some, none in (("labels", labels, no_labels), ("num_items_in_batch", num_items, no_num_items)):
+            if some and none:
+                raise ValueError(f"{name}: wanted them on all dp ranks or on none, got them on some")
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all ranks of the mesh, in fp32 at least."""

@@ -30,7 +30,17 @@ from ringfa3.fp8 import Fp8
 from ringfa3.integrations import one_rank
 from ringfa3.integrations.compiled import Now, check_compiled, special
 from ringfa3.integrations.sharded_cache import ShardedCache, attend_sharded
-from ringfa3.integrations.words import HARMLESS, check, check_rotary, padding_documents, rows_first, rules
+from ringfa3.integrations.words import (
+    HARMLESS,
+    check,
+    check_layers,
+    check_rotary,
+    check_temperature,
+    implementations,
+    padding_documents,
+    rows_first,
+    rules,
+)
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
 from ringfa3.plan import plan as make_plan
@@ -108,7 +118,7 @@ def sequence_parallel(
     if plan.mask != Mask(plan.mask.causal, documents=plan.mask.documents) or plan.kv_seqlen != plan.seqlen:
         raise ValueError(f"plan: wanted a mask of documents alone, the rest is the model's to say, got {plan.mask}")
     call = Call(model, plan, {"transport": transport, "deterministic": deterministic, "impl": impl, "fp8": fp8})
-    before = model.config._attn_implementation
+    before = implementations(model.config)
     model.set_attn_implementation(SHARDED)
     if model.config._attn_implementation != SHARDED:
         raise ValueError(f"model: wanted one that uses transformers' AttentionInterface, got {type(model).__name__}")
@@ -191,6 +201,7 @@ class Call:
         self.config = model.config
         if "position_ids" not in self.names:
             raise ValueError(f"model: wanted one that takes position_ids, got {type(model).__name__}")
+        check_layers(model)
 
     def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Check the model's arguments and fill in what a shard needs; torch's forward pre-hook."""
@@ -209,6 +220,7 @@ class Call:
                 f"{name}: wanted this rank's {mine} of {self.plan.seqlen} positions, plan.shard(...), got {self.rows}"
             )
         check_rotary(model.config, self.plan.seqlen)
+        check_temperature(model.config, self._counted())
         padding = given.get("attention_mask")
         self.special = special(given)
         if torch.compiler.is_compiling():
@@ -250,6 +262,12 @@ class Call:
             return Sight(mask, self.plan, self.options, self.cache.visible(mask, rows, device))
         plan = make_plan(mask, self.plan.layout, self.plan.seqlen, self.plan.group, device=device)
         return Sight(mask, plan, self.options)
+
+    def _counted(self) -> int:
+        """The highest number of a position that a layer may come to which asks the cache where its rows begin."""
+        if self.cache is None:
+            return self.plan.seqlen
+        return self.rows + (self.cache.seen + self.rows if self.step else self.plan.seqlen)
 
     def _cache(self, given: dict[str, Any]) -> ShardedCache | None:
         cache = given.get("past_key_values")

@@ -30,6 +30,7 @@ class Whole:
         position_ids: [1 or B, S], or None: global positions, counted from the start of each document.
         targets: [B, S], labels shifted by one, or None.
         padding: [B, S], the attention_mask, or None.
+        num_items: fp64 [], num_items_in_batch, or None.
     """
 
     name: str
@@ -38,12 +39,17 @@ class Whole:
     position_ids: Tensor | None
     targets: Tensor | None
     padding: Tensor | None
+    num_items: Tensor | None
 
     def fingerprint(self) -> Tensor:
-        """int64 [5], at least 0, equal where the arguments are (of embeddings the shape alone is compared)."""
+        """int64 [FINGERPRINT], at least 0, equal where the arguments are (of embeddings the shape alone is compared).
+
+        The last two, as `Ranks.compare` wants them, are of targets and num_items: 0 where there are none.
+        """
         x = self.x if not self.x.is_floating_point() else torch.tensor(self.x.shape, device=self.x.device)
         none = torch.zeros((), dtype=torch.int64, device=x.device)
-        parts = (x, self.targets, self.position_ids, self.padding)
+        num_items = None if self.num_items is None else self.num_items.view(torch.int64)[None]
+        parts = (x, self.position_ids, self.padding, self.targets, num_items)
         documents = torch.full_like(none, zlib.crc32(repr(self.documents).encode()))
         return torch.stack([documents, *(none if y is None else 1 + _digest(y) for y in parts)])
 
@@ -80,21 +86,37 @@ def read(given: dict[str, Any]) -> Whole:
         if wanted is not None and (not isinstance(wanted, Tensor) or wanted.shape != (B, S)):
             got = list(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
             raise ValueError(f"{key}: wanted the whole sequences', [{B}, {S}], got {got}")
+    num_items = _number(given.pop("num_items_in_batch", None), x.device)
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, Tensor) or keep:
+        raise ValueError(f"logits_to_keep: wanted 0 (the last rows of a shard are not the sequence's), got {keep}")
     for key, other in given.items():
-        if key not in (name, "attention_mask") and isinstance(other, Tensor) and other.shape[:2] == (B, S):
+        if key not in (name, "attention_mask") and isinstance(other, Tensor) and other.ndim > 0:
             raise ValueError(f"{key}: wanted none (nobody says how it is sharded), got {list(other.shape)}")
     targets = shifted
     if labels is not None and shifted is None:
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     documents = _documents(documents, position_ids, padding, B, S)
-    return Whole(name, x, documents, position_ids, targets, padding)
+    return Whole(name, x, documents, position_ids, targets, padding, num_items)
+
+
+def _number(given: Any, device: torch.device) -> Tensor | None:
+    """num_items_in_batch on the device, fp64 []."""
+    if given is None:
+        return None
+    if not isinstance(given, int | float | Tensor) or (isinstance(given, Tensor) and given.numel() != 1):
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"num_items_in_batch: wanted one number, got {got}")
+    return torch.as_tensor(given, device=device).double().reshape(())
 
 
 def _documents(documents: Any, position_ids: Any, padding: Tensor | None, B: int, S: int) -> Any:
     """Packed documents, given or from position_ids, which must be what they say; None where nothing is packed."""
-    given = None if documents is None else Mask(documents=documents).documents
-    if given is not None:
-        Mask(documents=given).check(S)
+    mask = Mask(documents=documents)
+    mask.check(S)
+    if mask.batch not in (None, B):
+        raise ValueError(f"documents: wanted lengths, or lengths for each of {B} batch rows, got {mask.batch} rows")
+    given = mask.documents
     padded = None if padding is None else padding_documents(padding)
     if padded is not None and given is not None:
         raise ValueError("attention_mask: wanted ones beside documents (make the padding one), got zeros")

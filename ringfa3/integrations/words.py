@@ -28,6 +28,10 @@ HARMLESS = frozenset(
     }
 )
 
+# transformers' layer_types whose rows see others by attention functions alone, and those that see no others
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+POSITIONWISE = frozenset({"sparse", "dense", "moe"})
+
 
 def check(
     mask: Mask, *, dropout: float, sliding_window: int | None, is_causal: bool | None, others: dict[str, Any]
@@ -51,6 +55,48 @@ def check(
     left = sliding_window - 1  # transformers counts the row itself; models that look both ways are not of one mind
     if mask.window not in (((left, 0),) if mask.causal else ((left, left), (left + 1, left + 1))):
         raise ValueError(f"sliding_window: wanted what the layer's mask has, {mask.window}, got {sliding_window}")
+
+
+def check_layers(model: Any) -> None:
+    """Raise ValueError where layers mix positions otherwise than by attention: each would run over its shard alone."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION - POSITIONWISE
+    if getattr(model, "_is_stateful", False):
+        kinds = kinds or {"recurrent state"}
+    if kinds:
+        raise ValueError(
+            f"model: wanted attention in all layers that mix positions (others would see this rank's shard alone), got "
+            f"{type(model).__name__} with {', '.join(sorted(kinds))}"
+        )
+
+
+def check_temperature(config: Any, counted: int) -> None:
+    """Raise ValueError where layers scale queries by a row's number within the shard, as Llama 4 without rotary does.
+
+    Args:
+        config: a model's.
+        counted: positions, as far as layers count them.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "attn_temperature_tuning", False) or 0 not in (getattr(text, "no_rope_layers", None) or (0,)):
+        return
+    if counted >= text.floor_scale:  # up to there the scale is 1
+        raise ValueError(
+            f"attn_temperature_tuning: wanted False, or fewer than floor_scale = {text.floor_scale} positions (a cache "
+            f"counts its rows twice), as the model counts within a shard, got {counted}"
+        )
+
+
+def implementations(config: Any, above: str | None = None) -> Any:
+    """The attn_implementation of a config, and of those within it, as `set_attn_implementation` takes it to restore.
+
+    Args:
+        config: a model's.
+        above: that of configs which have none yet (no model was made of them).
+    """
+    own = config._attn_implementation or above
+    found = {name: getattr(config, name, None) for name in config.sub_configs}
+    inner = {name: implementations(sub, own) for name, sub in found.items() if sub is not None}
+    return {"": own, **inner} if inner else own
 
 
 def check_rotary(config: Any, seqlen: int) -> None:

@@ -86,6 +86,10 @@ def test_killed_and_resumed(world: Any, tmp_path: Path, curve: list[float]) -> N
     # all steps are done: nothing to train, the curve is there
     assert world(2)(train, options)[1] == pytest.approx(curve, rel=CLOSE)
     world(2)(refused, options + " --lr 5", "--lr: wanted 0.01, as in the run")
+    world(2)(refused, options + f" --report {tmp_path}/none", "--report: wanted steps to time")
+    unsaid = f"{TINY} --save-every 0 --out {tmp_path}/unsaid"  # --batch is one a dp rank
+    world(2)(train, unsaid + " --cp 1", 1)
+    world(2)(refused, unsaid + " --cp 2", "--batch: wanted 2, as in the run")
     assert len(world(2)(train, options + " --lr 0.005 --steps 2 --fresh")[0]) == 2
 
 
@@ -106,6 +110,9 @@ def test_refusals(world: Any, tmp_path: Path) -> None:
     world(2)(refused, options + " --peer torch --document 0", "--peer: wanted CUDA")
     world(3)(refused, options + " --cp 2", "--cp: wanted a divisor of the 3 ranks, got 2")
     world(4)(refused, options + " --cp 2 --batch 3", "--batch: wanted a multiple of the 2 dp ranks, got 3")
+    world(2)(refused, options + " --cp 0", "--cp: wanted a divisor of the 2 ranks, got 0")
+    world(2)(refused, options + " --batch 0", "--batch: wanted a multiple of the 1 dp ranks, got 0")
+    world(2)(refused, options + " --keep 0", "--keep: wanted at least 1")
     job = script("examples/train_long.py")
     for wrong in ("--peer torch", "--peer torch --document 0 --seqlen 1026"):
         with pytest.raises(ValueError, match="--peer: wanted --document 0"):

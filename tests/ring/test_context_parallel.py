@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringfa3.integrations.context_parallel import context_parallel
 from ringfa3.integrations.ranks import ranks_of
-from tests.ring.test_transformers import CONFIGS, DOCUMENTS, TOLERANCE, S, build, worst
+from tests.ring.test_transformers import CONFIGS, DOCUMENTS, TOLERANCE, S, build, build_hybrid, worst
 
 B = 2  # sequences on a dp rank
 
@@ -199,6 +199,12 @@ def wrong(rank: int, size: int, case: str) -> list[str]:
         given = {key: x[:, : S - rank] for key, x in given.items()}
     elif case == "error" and rank == 1:
         given["labels"] = given["labels"][:, 1:]
+    elif case == "num_items":
+        given["num_items_in_batch"] = [5, torch.tensor(6)][rank % 2]
+    elif case == "dp labels" and rank < 2:  # the other row would wait for the sum of targets
+        del given["labels"]
+    elif case == "dp num_items" and rank < 2:
+        given["num_items_in_batch"] = 5
     messages = []
     with context_parallel(model, mesh):
         for _ in range(2):
@@ -210,7 +216,7 @@ def wrong(rank: int, size: int, case: str) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("case", ["tokens", "labels", "documents", "length", "error"])
+@pytest.mark.parametrize("case", ["tokens", "labels", "documents", "length", "error", "num_items"])
 def test_ranks_that_differ_are_refused_on_every_rank(world: Any, case: str) -> None:
     results = world(3)(wrong, case)
     for rank, messages in enumerate(results):
@@ -221,9 +227,17 @@ def test_ranks_that_differ_are_refused_on_every_rank(world: Any, case: str) -> N
         assert all(wanted in message for message in messages)
 
 
-def test_another_row_of_the_mesh_hears_of_it(world: Any) -> None:
-    for messages in world(4)(wrong, "dp tokens"):
-        assert all("the same whole sequence" in message for message in messages)
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        ("dp tokens", "the same whole sequence"),
+        ("dp labels", "labels: wanted them on all dp ranks or on none"),
+        ("dp num_items", "num_items_in_batch: wanted them on all dp ranks or on none"),
+    ],
+)
+def test_another_row_of_the_mesh_hears_of_it(world: Any, case: str, wanted: str) -> None:
+    for messages in world(4)(wrong, case):
+        assert all(wanted in message for message in messages)
 
 
 def refused(match: str, *, name: str = "llama", options: dict[str, Any] | None = None, **given: Any) -> None:
@@ -247,7 +261,13 @@ def test_refusals_of_the_model_call() -> None:
     refused("documents: wanted lengths that sum to seqlen 37, got 36", documents=[S - 1], position_ids=None)
     refused("attention_mask: wanted ones beside documents", attention_mask=batch(0, "left")["attention_mask"],
             documents=[S], position_ids=None)  # fmt: skip
+    refused("documents: wanted lengths, or lengths for each of 2 batch rows, got 3 rows", documents=[[S]] * 3,
+            position_ids=None)  # fmt: skip
     refused("logits_to_keep: wanted 0", logits_to_keep=1)
+    refused("logits_to_keep: wanted 0", logits_to_keep=torch.tensor([0]), labels=None)
+    refused("num_items_in_batch: wanted one number", num_items_in_batch=torch.ones(2))
+    refused("pixel_values: wanted none", pixel_values=torch.zeros(1, 3, 4, 4))
+    refused("attn_temperature_tuning: wanted False", name="llama4", options={"floor_scale": S})
     refused("token_type_ids: wanted none", token_type_ids=ids)
     refused("output_attentions: wanted False", output_attentions=True)
     refused("output_router_logits: wanted False", name="gpt_oss", output_router_logits=True)
@@ -273,7 +293,23 @@ def test_a_loss_of_its_own_is_refused() -> None:
         model(**batch(0, "plain"))
 
 
+def test_a_loss_function_that_does_not_name_its_divisor_is_refused() -> None:
+    """It would be a mean of this rank's targets."""
+
+    def mean(logits: Tensor, labels: Tensor, vocab_size: int, shift_labels: Tensor, **kwargs: Any) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten())
+
+    model = build("llama")
+    model.loss_function = mean
+    with context_parallel(model), pytest.raises(ValueError, match="whose loss_function names num_items_in_batch"):
+        model(**batch(0, "plain"))
+    assert model.loss_function is mean
+
+
 def test_refusals_of_models_and_meshes() -> None:
+    hybrid = build_hybrid("lfm2")
+    with context_parallel(hybrid), pytest.raises(ValueError, match="model: wanted attention in all layers"):
+        hybrid(**batch(0, "plain"))
     with pytest.raises(ValueError, match="model: wanted a transformers"), context_parallel(torch.nn.Linear(1, 1)):
         pass
     with pytest.raises(ValueError, match="gradients: wanted"), context_parallel(build("llama"), gradients="max"):

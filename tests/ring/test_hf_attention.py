@@ -15,7 +15,19 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from ringfa3.integrations.one_rank import View, see
 from ringfa3.integrations.transformers import NAME
 from ringfa3_kernels import Visible
-from tests.ring.test_transformers import CONFIGS, DOCUMENTS, SMALL, TOLERANCE, S, build, gradients, inputs, worst
+from tests.ring.test_transformers import (
+    CONFIGS,
+    DOCUMENTS,
+    HYBRID,
+    SMALL,
+    TOLERANCE,
+    S,
+    build,
+    build_hybrid,
+    gradients,
+    inputs,
+    worst,
+)
 
 OWN_PACKING = [name for name in CONFIGS if name not in ("gpt_oss", "llama4")]  # whose masks notice packed position_ids
 
@@ -49,6 +61,18 @@ def test_equals_eager(name: str, case: str) -> None:
     wanted_grads, grads = gradients(whole, wanted, rows, weights), gradients(model, logits, rows, weights)
     assert set(grads) == set(wanted_grads)
     assert max(worst(grads[key], wanted_grads[key]) for key in grads) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["plain", "left"])
+@pytest.mark.parametrize("name", HYBRID)
+def test_layers_without_attention_see_the_whole_sequence(name: str, case: str) -> None:
+    """What is refused across ranks is served on one."""
+    whole = build_hybrid(name).eval()
+    ids, mask, _, rows = inputs(case)
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        wanted, logits = whole(**given).logits[rows], ours(whole)(**given).logits[rows]
+    assert worst(logits, wanted) < TOLERANCE
 
 
 def test_documents_that_differ_between_batch_rows() -> None:

@@ -60,6 +60,19 @@ def build(name: str, **options: Any) -> Any:
     return model
 
 
+HYBRID: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "qwen3_next": ("Qwen3NextConfig", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0}),
+    "minimax": ("MiniMaxConfig", {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}),
+}
+
+
+def build_hybrid(name: str) -> Any:
+    """A tiny model some of whose layers are recurrent or convolve."""
+    kind, more = HYBRID[name]
+    return AutoModelForCausalLM.from_config(getattr(transformers, kind)(**(SMALL | more)), attn_implementation="eager")
+
+
 def inputs(case: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """ids [2, S], attention_mask, position_ids for one process, and which rows count [2, S]."""
     ids = torch.randint(1, 61, (2, S), generator=torch.Generator().manual_seed(1))
@@ -260,6 +273,53 @@ def test_refusals_of_models_and_plans() -> None:
     model = build("llama")
     with sequence_parallel(model, both_ways), pytest.raises(ValueError, match="plan: wanted a mask with causal=True"):
         model(input_ids=inputs("plain")[0])
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_layers_that_would_see_a_shard_alone_are_refused(name: str) -> None:
+    kind = "conv" if name == "lfm2" else "linear_attention"
+    model = build_hybrid(name)
+    match = f"model: wanted attention in all layers .* got {type(model).__name__} with {kind}"
+    with pytest.raises(ValueError, match=match), sequence_parallel(model, ringfa3.plan(Mask(), "zigzag", S)):
+        pass
+
+
+def test_recurrent_state_is_refused() -> None:
+    model = build("llama")
+    model._is_stateful = True
+    plan = ringfa3.plan(Mask(), "zigzag", S)
+    with pytest.raises(ValueError, match="with recurrent state"), sequence_parallel(model, plan):
+        pass
+
+
+@pytest.mark.parametrize("floor_scale", [S, 2 * S, 2 * S + 1])
+def test_temperatures_that_are_counted_within_a_shard(floor_scale: int) -> None:
+    """Llama 4 scales queries from floor_scale positions on; with a cache it begins after all that the cache has."""
+    model = build("llama4", floor_scale=floor_scale)
+    given = {"input_ids": inputs("plain")[0]}
+    match = f"attn_temperature_tuning: wanted False, or fewer than floor_scale = {floor_scale}"
+    with sequence_parallel(model, ringfa3.plan(Mask(), "zigzag", S)), torch.no_grad():
+        for use_cache, counted in ((False, S), (True, 2 * S)):
+            if counted < floor_scale:
+                model(**given, use_cache=use_cache)
+                continue
+            with pytest.raises(ValueError, match=match):
+                model(**given, use_cache=use_cache)
+
+
+def test_models_within_a_model_get_their_own_attention_back() -> None:
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SMALL),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.set_attn_implementation({"": "eager", "text_config": "sdpa", "vision_config": "eager"})
+    with sequence_parallel(model, ringfa3.plan(Mask(), "zigzag", S)):
+        assert model.config.text_config._attn_implementation == integration.SHARDED
+    kept = [part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)]
+    assert kept == ["eager", "sdpa", "eager"]
 
 
 def test_dropout_is_refused() -> None:
