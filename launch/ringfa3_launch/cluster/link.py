@@ -38,8 +38,9 @@ class Link:
         self.rank = member.rank
         self._arrived, self._lost = arrived, lost
         self._closed = False
+        # a rank that has just begun imports for seconds, and answers nobody in between
         self._channel: Channel = connect(
-            member.host, member.port, settings.token, max_body=settings.max_message, timeout=settings.timeout
+            member.host, member.port, settings.token, max_body=settings.max_message, timeout=settings.start_timeout
         )
         self._outbox = Outbox(self._channel, f"ringfa3 to rank {self.rank}", self._too_large)
         self._thread = threading.Thread(target=self._run, name=f"ringfa3 from rank {self.rank}", daemon=True)
