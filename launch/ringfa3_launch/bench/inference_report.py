@@ -13,7 +13,7 @@ from ringfa3_launch.bench import report
 from ringfa3_launch.bench.case import format_size
 from ringfa3_launch.bench.inference_case import Load, Played, Served, case_name
 from ringfa3_launch.bench.inference_verdicts import PEER, Results, judge
-from ringfa3_launch.bench.ring_report import ENVIRONMENT, save
+from ringfa3_launch.bench.ring_report import ENVIRONMENT
 from ringfa3_launch.bench.timing import Timing
 from ringfa3_launch.console import Console
 
@@ -72,27 +72,27 @@ def rows(results: Results) -> list[dict[str, Any]]:
         there = {name: other for name, other in others.items() if other is not None}
         prefill, decode = (case_name(what, load, world.sizes, world.world, dtype) for what in ("prefill", "decode"))
         for name, other in there.items() or [("none", None)]:
-            found.append(_timed(prefill, "s to first token", ours.first, name, other.first if other else None))
-            found.append(_timed(decode, "ms per token", ours.each, name, other.each if other else None, 1e3))
+            found.append(timed(prefill, "s to first token", ours.first, name, other.first if other else None))
+            found.append(timed(decode, "ms per token", ours.each, name, other.each if other else None, 1e3))
             rate = _rates(ours, load, results.program.tokens)
             theirs = _rates(other, load, results.program.tokens).median if other else None
             ratio = rate.median / theirs if theirs else None
-            found.append(_row(decode, "tokens/s", rate.median, report.half_range(rate), name, theirs, ratio))
-        found.append(_row(decode, "cache pages", ours.pages, 0.0, "none", None, None))
-        found.append(_row(decode, "cache GiB", ours.cache / 2**30, 0.0, "none", None, None))
+            found.append(row(decode, "tokens/s", rate.median, report.half_range(rate), name, theirs, ratio))
+        found.append(row(decode, "cache pages", ours.pages, 0.0, "none", None, None))
+        found.append(row(decode, "cache GiB", ours.cache / 2**30, 0.0, "none", None, None))
         if ours.memory is not None:
             peer = there.get(PEER)
             theirs = peer.memory / 2**30 if peer is not None and peer.memory else None
             mine = ours.memory / 2**30
-            found.append(_row(prefill, "GiB", mine, 0.0, PEER if theirs else "none", theirs, theirs and theirs / mine))
+            found.append(row(prefill, "GiB", mine, 0.0, PEER if theirs else "none", theirs, theirs and theirs / mine))
         checked = world.checked.get(load)
         if checked is not None:
             ratio = checked.allowed / checked.error if checked.error else None
             found.append(
-                _row(prefill, f"logits' error ({checked.by})", checked.error, 0.0, "allowed", checked.allowed, ratio)
+                row(prefill, f"logits' error ({checked.by})", checked.error, 0.0, "allowed", checked.allowed, ratio)
             )
             found.append(
-                _row(decode, "equal greedy tokens", checked.same, 0.0, PEER, checked.of, checked.same / checked.of)
+                row(decode, "equal greedy tokens", checked.same, 0.0, PEER, checked.of, checked.same / checked.of)
             )
     return found + _part_rows(results)
 
@@ -107,12 +107,12 @@ def _part_rows(results: Results) -> list[dict[str, Any]]:
             rate = Timing(tuple(kernel.bytes / t / 1e9 for t in kernel.timing.seconds))
             copy = kernel.copy / 1e9
             found.append(
-                _row(case, "GB/s", rate.median, report.half_range(rate), "device copy", copy, rate.median / copy)
+                row(case, "GB/s", rate.median, report.half_range(rate), "device copy", copy, rate.median / copy)
             )
         for batch, timing in world.merges.items():
             sizes = world.sizes
             case = f"merge D{sizes.D} H{sizes.Hq}:{sizes.Hkv} W{world.world} fp32" + (f" B{batch}" if batch > 1 else "")
-            found.append(_timed(case, "µs per layer", timing, "none", None, 1e6))
+            found.append(timed(case, "µs per layer", timing, "none", None, 1e6))
     return found
 
 
@@ -183,19 +183,10 @@ def show(results: Results, found: dict[str, Any], console: Console) -> None:
 
 def write(results: Results, found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write NAME.json, NAME.md and, where matplotlib is installed, NAME.png; returns their paths."""
-    paths = [save(found, folder, name), folder / f"{name}.md"]
-    plot: Path | None = folder / f"{name}.png"
-    try:
-        from ringfa3_launch.bench.inference_plot import draw
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        plot = None
-    if plot is not None:
-        draw(results, plot, f"{results.title} on {found['device']}")
-        paths.append(plot)
-    paths[1].write_text(markdown(results, found, plot))
-    return paths
+    return report.save_all(
+        found, folder, name, plotter="inference_plot", drawn=results, title=results.title,
+        markdown=lambda plot: markdown(results, found, plot),
+    )  # fmt: skip
 
 
 def markdown(results: Results, found: dict[str, Any], plot: Path | None) -> str:
@@ -210,13 +201,13 @@ def markdown(results: Results, found: dict[str, Any], plot: Path | None) -> str:
             [v.case, v.what, v.asked, "not measured" if v.reached is None else f"{v.reached:.4g}", words[v.ok]]
             for v in asked
         ]
-        parts += ["## Asked and reached", _grid(["case", "figure", "asked", "got", "verdict"], lines)]
+        parts += ["## Asked and reached", grid(["case", "figure", "asked", "got", "verdict"], lines)]
     if plot is not None:
         parts.append(f"![{results.title}]({plot.name})")
-    parts += ["## Every case", NOTE, _grid(COLUMNS, table(results))]
+    parts += ["## Every case", NOTE, grid(COLUMNS, table(results))]
     for title, columns, rows_ in (("Checked", CHECKS, checks(results)), ("Parts, alone", PARTS, part_table(results))):
         if rows_:
-            parts += [f"## {title}", _grid(columns, rows_)]
+            parts += [f"## {title}", grid(columns, rows_)]
     if results.missing():
         parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in results.missing()))
     parts.append(METHOD)
@@ -255,18 +246,18 @@ def _microseconds(timing: Timing) -> list[str]:
     return [f"{1e6 * timing.median:.4g}", f"{1e6 * report.half_range(timing):.2g}"]
 
 
-def _timed(
+def timed(
     case: str, metric: str, ours: Timing, peer: str, theirs: Timing | None, factor: float = 1.0
 ) -> dict[str, Any]:
     """A row of times: the ratio is theirs over ours."""
     other = None if theirs is None else factor * theirs.median
     mine = factor * ours.median
-    return _row(
+    return row(
         case, metric, mine, factor * report.half_range(ours), peer, other, other / mine if other and mine else None
     )
 
 
-def _row(
+def row(
     case: str, metric: str, ours: float, spread: float, peer: str, theirs: float | None, ratio: float | None
 ) -> dict[str, Any]:
     figures = {"ours": ours, "spread": spread, "peer": peer, "theirs": theirs, "ratio": ratio}
@@ -275,5 +266,5 @@ def _row(
     }
 
 
-def _grid(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def grid(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *lines])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -217,21 +218,51 @@ def show(results: Sequence[Result], found: dict[str, Any], console: Console) -> 
 
 def write(results: Sequence[Result], found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write NAME.json, NAME.md and, where matplotlib is installed, NAME.png; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(found, indent=1) + "\n")
+    return save_all(
+        found, folder, name, plotter="plot", drawn=results, title=title(results),
+        markdown=lambda plot: markdown(results, found, plot),
+    )  # fmt: skip
+
+
+def save_all(
+    found: dict[str, Any],
+    folder: Path,
+    name: str,
+    *,
+    plotter: str,
+    drawn: Any,
+    title: str,
+    markdown: Callable[[Path | None], str],
+) -> list[Path]:
+    """Write NAME.json, NAME.md and, where matplotlib is installed, NAME.png; returns their paths.
+
+    Args:
+        plotter: the module of this package whose `draw` makes the plot, of `drawn`.
+        markdown: NAME.md's text; it is given the plot's path, if there is one.
+    """
+    paths = [save(found, folder, name), folder / f"{name}.md"]
     plot: Path | None = folder / f"{name}.png"
     try:
-        from ringfa3_launch.bench.plot import draw
+        draw = importlib.import_module(f"ringfa3_launch.bench.{plotter}").draw
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         plot = None
     if plot is not None:
-        draw(results, plot, f"{title(results)} on {found['device']}")
+        draw(drawn, plot, f"{title} on {found['device']}")
         paths.append(plot)
-    paths[1].write_text(markdown(results, found, plot))
+    paths[1].write_text(markdown(plot))
     return paths
+
+
+def save(found: dict[str, Any], folder: Path, name: str) -> Path:
+    """Write NAME.json whole or not at all: a run may be ended at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    partial = path.with_suffix(".json.part")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+    return path
 
 
 def markdown(results: Sequence[Result], found: dict[str, Any], plot: Path | None) -> str:

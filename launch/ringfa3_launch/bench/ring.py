@@ -226,11 +226,11 @@ def _keep(
     played: Played, last: bool, *, out: Path, name: str, heading: str, command: str, notes: tuple[str, ...]
 ) -> None:
     """In rank 0, after every match."""
-    from ringfa3_launch.bench import ring_report
+    from ringfa3_launch.bench import report, ring_report
 
     found = ring_report.document(played, command=command, notes=notes)
     if not last:
-        ring_report.save(found, out, name)
+        report.save(found, out, name)
         return
     for path in ring_report.write(played, found, heading, out, name):
         print(f"wrote {os.path.relpath(path)}", file=sys.stderr)

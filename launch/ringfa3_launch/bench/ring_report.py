@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -145,29 +144,10 @@ def show(played: Played, found: dict[str, Any], title: str, console: Console) ->
 
 def write(played: Played, found: dict[str, Any], title: str, folder: Path, name: str) -> list[Path]:
     """Write NAME.json, NAME.md and, where matplotlib is installed, NAME.png; returns their paths."""
-    paths = [save(found, folder, name), folder / f"{name}.md"]
-    plot: Path | None = folder / f"{name}.png"
-    try:
-        from ringfa3_launch.bench.ring_plot import draw
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        plot = None
-    if plot is not None:
-        draw(played.outcomes, plot, f"{title} on {found['device']}")
-        paths.append(plot)
-    paths[1].write_text(markdown(played, found, title, plot))
-    return paths
-
-
-def save(found: dict[str, Any], folder: Path, name: str) -> Path:
-    """Write NAME.json whole or not at all: a run may be ended at any time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    partial = path.with_suffix(".json.part")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(path)
-    return path
+    return report.save_all(
+        found, folder, name, plotter="ring_plot", drawn=played.outcomes, title=title,
+        markdown=lambda plot: markdown(played, found, title, plot),
+    )  # fmt: skip
 
 
 def markdown(played: Played, found: dict[str, Any], title: str, plot: Path | None) -> str:

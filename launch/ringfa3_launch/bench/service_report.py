@@ -12,8 +12,8 @@ from typing import Any
 from ringfa3_launch import machine
 from ringfa3_launch.bench import report
 from ringfa3_launch.bench.case import format_size
-from ringfa3_launch.bench.inference_report import _grid, _row, _timed
-from ringfa3_launch.bench.ring_report import ENVIRONMENT, save
+from ringfa3_launch.bench.inference_report import grid, row, timed
+from ringfa3_launch.bench.ring_report import ENVIRONMENT
 from ringfa3_launch.bench.service_case import Played, Program
 from ringfa3_launch.bench.service_load import Answer
 from ringfa3_launch.bench.timing import Timing
@@ -153,7 +153,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
         for figure, metric, factor, _ in FIGURES:
             theirs = overhead.of("bare", figure) if service.launcher else None
             peer = BARE if service.launcher else "none"
-            found.append(_timed(case, metric, overhead.of("served", figure), peer, theirs, factor))
+            found.append(timed(case, metric, overhead.of("served", figure), peer, theirs, factor))
         if service.launcher:
             found.append(_added(case, "ms added to first token", overhead.first, 1e3, ADDED_MS))
             found.append(_added(case, "% added per token", overhead.each, 1e2, ADDED_PERCENT))
@@ -163,25 +163,25 @@ def rows(results: Results) -> list[dict[str, Any]]:
         peer = "one client" if one is not None and one.good else "none"
         for rate in ("requests_s", "tokens_s"):
             mine, theirs = getattr(level, rate), getattr(one, rate) if peer != "none" else None
-            found.append(_row(case, rate.replace("_s", "/s"), mine, 0.0, peer, theirs, theirs and mine / theirs))
+            found.append(row(case, rate.replace("_s", "/s"), mine, 0.0, peer, theirs, theirs and mine / theirs))
         for _, metric, factor, of in FIGURES:
             for quantile, x in level.quantiles(of).items():
-                found.append(_row(case, f"{metric} {quantile}", factor * x, 0.0, "none", None, None))
+                found.append(row(case, f"{metric} {quantile}", factor * x, 0.0, "none", None, None))
         for metric, count in (("429", level.refused), ("errors", level.errors)):
-            found.append(_row(case, metric, count, 0.0, "none", None, None))
+            found.append(row(case, metric, count, 0.0, "none", None, None))
         if played.lone:
             right, of_all = level.equal + level.ties, len(level.answers)
-            found.append(_row(case, "right answers", right, 0.0, "lone answers", of_all, right / of_all))
-            found.append(_row(case, "ties", level.ties, 0.0, "none", None, None))
+            found.append(row(case, "right answers", right, 0.0, "lone answers", of_all, right / of_all))
+            found.append(row(case, "ties", level.ties, 0.0, "none", None, None))
     return found
 
 
 def _added(case: str, metric: str, added: Timing, factor: float, bound: float) -> dict[str, Any]:
     """A row of what the service adds: the ratio is what may be added over what is; none where nothing is."""
     if not added.seconds:
-        return _row(case, metric, float("nan"), 0.0, "asked", bound, None)
+        return row(case, metric, float("nan"), 0.0, "asked", bound, None)
     got = factor * added.median
-    return _row(case, metric, got, factor * report.half_range(added), "asked", bound, bound / got if got > 0 else None)
+    return row(case, metric, got, factor * report.half_range(added), "asked", bound, bound / got if got > 0 else None)
 
 
 def level_table(results: Results) -> list[list[str]]:
@@ -251,19 +251,10 @@ def show(results: Results, found: dict[str, Any], console: Console) -> None:
 
 def write(results: Results, found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Write NAME.json, NAME.md and, where matplotlib is installed, NAME.png; returns their paths."""
-    paths = [save(found, folder, name), folder / f"{name}.md"]
-    plot: Path | None = folder / f"{name}.png"
-    try:
-        from ringfa3_launch.bench.service_plot import draw
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        plot = None
-    if plot is not None:
-        draw(results, plot, f"{results.title} on {found['device']}")
-        paths.append(plot)
-    paths[1].write_text(markdown(results, found, plot))
-    return paths
+    return report.save_all(
+        found, folder, name, plotter="service_plot", drawn=results, title=results.title,
+        markdown=lambda plot: markdown(results, found, plot),
+    )  # fmt: skip
 
 
 def markdown(results: Results, found: dict[str, Any], plot: Path | None) -> str:
@@ -273,13 +264,13 @@ def markdown(results: Results, found: dict[str, Any], plot: Path | None) -> str:
     parts.append(f"    {found['command']}")
     words = {True: "reached", False: "NOT REACHED", None: ""}
     lines = [[v.case, v.what, v.asked, f"{v.reached:.4g}", words[v.ok]] for v in judge(results) if v.asked]
-    parts += ["## Asked and reached", _grid(["case", "figure", "asked", "got", "verdict"], lines)]
+    parts += ["## Asked and reached", grid(["case", "figure", "asked", "got", "verdict"], lines)]
     if plot is not None:
         parts.append(f"![{results.title}]({plot.name})")
     if results.played.overheads:
-        parts += ["## What the service adds, one client", _grid(OVERHEADS, overhead_table(results))]
+        parts += ["## What the service adds, one client", grid(OVERHEADS, overhead_table(results))]
     prompt = format_size(results.program.length)
-    parts += [f"## Many clients, prompts of {prompt} tokens", _grid(LEVELS, level_table(results)), NOTE]
+    parts += [f"## Many clients, prompts of {prompt} tokens", grid(LEVELS, level_table(results)), NOTE]
     for title, told in (("Wrong", wrongs(results)), ("Not measured", results.played.missing)):
         if told:
             parts.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in told))
