@@ -15,7 +15,7 @@ from ringfa3 import RankFailed
 from ringfa3_launch.cluster import RingCluster
 from tests.launch.test_cluster import check
 
-pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, engine")]
 
 SOON = 5.0  # seconds within which callers hear of a death
 AGAIN = 60.0  # seconds until ranks on GPUs serve again: NCCL and CUDA start anew

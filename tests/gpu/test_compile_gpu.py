@@ -120,6 +120,6 @@ def ranks_compile(rank: int, size: int) -> None:
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.xdist_group("ranks, callers")
 def test_two_ranks_compile(gpu_world: Any) -> None:
     gpu_world(2)(ranks_compile)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.ring.test_context_parallel import step
 
-pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks")]  # one world, so one process
+pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, callers")]  # one world, so one process
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])

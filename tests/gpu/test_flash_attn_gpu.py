@@ -183,7 +183,7 @@ def ring_rank(rank: int, size: int, name: str, documents: list[int]) -> tuple[An
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.xdist_group("ranks, callers")
 @pytest.mark.parametrize(
     "name", ["ring_flash_attn_varlen_func", "zigzag_ring_flash_attn_varlen_func", "llama3_flash_attn_varlen_func"]
 )

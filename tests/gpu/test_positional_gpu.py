@@ -98,7 +98,7 @@ def ring(rank: int, size: int, layout: str, transport: str) -> None:
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.xdist_group("ranks, callers")
 @pytest.mark.parametrize(
     ("layout", "transport"), [("zigzag", "ring"), ("striped", "pull"), ("zigzag", "gather"), ("contiguous", "ulysses")]
 )

@@ -18,7 +18,7 @@ from tests.kernels.oracle import assert_close
 
 pytestmark = [
     pytest.mark.multigpu(2),
-    pytest.mark.xdist_group("ranks"),
+    pytest.mark.xdist_group("ranks, ray"),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
 ]
 

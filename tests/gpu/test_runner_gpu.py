@@ -96,7 +96,7 @@ def test_one_gpu(name: str, graphs: bool) -> None:
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.xdist_group("ranks, engine")
 @pytest.mark.parametrize(("way", "graphs"), [("pass-kv", False), ("pass-q", True), ("auto", True)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_gpus(gpu_world: Any, name: str, way: str, graphs: bool) -> None:
