@@ -111,10 +111,12 @@ def timed(case: Case, *, turns: int) -> list[rounds.Row]:
         calls[name], work[name] = call, case.flops()
     for name, (call, flops) in baselines(case, q, k, v).items():
         calls[name], work[name] = call, flops
-    times = rounds.interleaved(calls, rounds=turns, ms=20.0)
-    # rates compare where the work differs (windows, documents): scale every time to our operations
-    scaled = {name: rounds.Time(t.ms * work["ours"] / work[name], t.spread) for name, t in times.items()}
-    return rounds.compare(case.name, scaled, work["ours"], ours="ours")
+    rows = []
+    for pair in rounds.duels(calls, ours="ours", chief="fa3", rounds=turns, ms=20.0).values():
+        # rates compare where the work differs (windows, documents): scale every time to our operations
+        scaled = {name: rounds.Time(t.ms * work["ours"] / work[name], t.spread) for name, t in pair.items()}
+        rows += rounds.compare(case.name, scaled, work["ours"], ours="ours")
+    return rows
 
 
 def precompile(jobs: Sequence[tuple[Case, configs.Config | None]]) -> None:
@@ -177,12 +179,13 @@ def main() -> None:
     precompile([(c, None) for c in [*chosen, *(replace(c, state=False) for c in chosen if c.state)]])
     rows: list[rounds.Row] = []
     for case in chosen:
-        rows += timed(case, turns=4 if options.quick else 7)
+        rows += timed(case, turns=4 if options.quick else 6)
         print(*(_line(r) for r in rows if r.case == case.name), sep="\n", flush=True)
         torch.cuda.empty_cache()
+        if options.out:  # after every case: a run may be cut short
+            command = " ".join(["python", "kernels/bench/bench_attend.py", *sys.argv[1:]])
+            rounds.save(options.out, rows, command=command, title="Forward attention on one GPU")
     if options.out:
-        command = " ".join(["python", "kernels/bench/bench_attend.py", *sys.argv[1:]])
-        rounds.save(options.out, rows, command=command, title="Forward attention on one GPU")
         plot(options.out, rows)
 
 

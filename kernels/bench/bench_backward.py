@@ -40,6 +40,7 @@ from ringfa3_kernels.types import Visible
 
 Calls = dict[str, Callable[[], object]]
 K = 1024
+TITLE = "Backward attention on one GPU, all passes"
 # what is worth trying beside the table, by padded head_dim
 CHANGES: dict[int, list[dict[str, Any]]] = {
     64: [{"WRITER": True}, {"STAGGER": True}],
@@ -179,8 +180,8 @@ def timed(case: Case, *, turns: int) -> list[rounds.Row]:
     calls["ours, added to fp32"] = call.ours(add=True)
     calls["ours, deterministic"] = call.ours(deterministic=True)
     calls["ours, main kernel"] = call.kernel()
-    times = rounds.interleaved(calls, rounds=turns, ms=20.0)
-    return rounds.compare(name(case), times, 2.5 * case.flops(), ours="ours")
+    pairs = rounds.duels(calls, ours="ours", chief="fa3", rounds=turns, ms=20.0).values()
+    return [row for pair in pairs for row in rounds.compare(name(case), pair, 2.5 * case.flops(), ours="ours")]
 
 
 def _served(peers: Calls, case: Case) -> Calls:
@@ -292,12 +293,13 @@ def main() -> None:
         precompile(chosen, alternatives=False)
         rows: list[rounds.Row] = []
         for case in chosen:
-            rows += timed(case, turns=4 if options.quick else 7)
+            rows += timed(case, turns=4 if options.quick else 6)
             print(*(bench_attend._line(r) for r in rows if r.case == name(case)), sep="\n", flush=True)
             torch.cuda.empty_cache()
+            if options.out:  # after every case: a run may be cut short
+                command = " ".join(["python", "kernels/bench/bench_backward.py", *sys.argv[1:]])
+                rounds.save(options.out, rows, command=command, title=TITLE)
         if options.out:
-            command = " ".join(["python", "kernels/bench/bench_backward.py", *sys.argv[1:]])
-            rounds.save(options.out, rows, command=command, title="Backward attention on one GPU, all passes")
             bench_attend.plot(options.out, rows)
     if not right:
         raise SystemExit("wrong results: see FAIL above")

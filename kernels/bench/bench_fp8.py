@@ -180,7 +180,8 @@ def save(path: Path, rows: list[Row], command: str) -> None:
     found = path.with_suffix(".json")
     kept = [Row(**row) for row in json.loads(found.read_text())["rows"]] if found.exists() else []
     kept = [row for row in kept if row.metric != "TFLOP/s"]
-    rounds.save(path, [*rows, *kept], command=command, title="Forward attention on fp8, one GPU")
+    title = "Forward attention on fp8, one GPU"
+    rounds.save(path, [*rows, *kept], command=command, title=title, method=rounds.TOGETHER)
     plot(path, rows)
 
 

@@ -26,6 +26,7 @@ NAMES = {
     "fa3": "FlashAttention-3",
     "cudnn": "cuDNN",
     "fa2": "FlashAttention-2",
+    "portable": "ours, portable",
 }
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "#1f5fbf", "lw": 2.6, "marker": "o", "zorder": 5},
@@ -33,6 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "fa3": {"color": "#e07b00", "lw": 1.6, "marker": "s", "ms": 5, "zorder": 3},
     "cudnn": {"color": "#6a9a3a", "lw": 1.2, "marker": "^", "ms": 5, "zorder": 2},
     "fa2": {"color": "#999999", "lw": 1.2, "marker": "v", "ms": 5, "zorder": 1},
+    "portable": {"color": "#8fb4e8", "lw": 1.2, "ls": ":", "marker": "d", "ms": 5, "zorder": 1},
 }
 Line = dict[int, float]  # thousands of tokens -> TFLOP/s
 
@@ -48,7 +50,8 @@ def panels(rows: Iterable[Row]) -> tuple[dict[tuple[str, str], dict[str, Line]],
         length = int(next(t for t in rest if re.fullmatch(r"S\d+K", t))[1:-1])
         at = ROWS[mask], f"D {rest[0][1:]}, heads {rest[1][1:]}"
         panel = lines.setdefault(at, {})
-        panel.setdefault("intervals" if mask == "intervals" else "ours", {})[length] = row.ours
+        # beside every peer ours was timed anew: shown is the figure beside the first one
+        panel.setdefault("intervals" if mask == "intervals" else "ours", {}).setdefault(length, row.ours)
         if mask != "intervals":
             panel.setdefault(row.peer, {})[length] = row.theirs
             ratios.setdefault(at, {}).setdefault(length, row.ratio)

@@ -67,6 +67,24 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int, ms: f
     return {name: Time(median(x), _middle_half(x)) for name, x in samples.items()}
 
 
+def duels(
+    calls: Mapping[str, Callable[[], object]], *, ours: str, chief: str, rounds: int, ms: float
+) -> dict[str, dict[str, Time]]:
+    """`interleaved` of ours and each other one, two by two: peer -> both times.
+
+    A third contestant that draws half the power (FlashAttention-2 on Hopper) lets whoever follows it run on a higher
+    clock: among four, equal kernels differed by 5% from run to run.
+
+    Args:
+        chief: the peer whose ratio is judged: twice as many rounds.
+    """
+    return {
+        peer: interleaved({ours: calls[ours], peer: call}, rounds=2 * rounds if peer == chief else rounds, ms=ms)
+        for peer, call in calls.items()
+        if peer != ours
+    }
+
+
 def orders(names: Sequence[str]) -> list[list[str]]:
     """Orders in which each name follows each other one equally often (Williams, 1949): n, or 2 n where n is odd."""
     n = len(names)
@@ -115,7 +133,8 @@ def compare(case: str, times: Mapping[str, Time], work: float, *, ours: str, met
     ]
 
 
-TURNS = "Timed by turns in one process; ratio > 1: ours is faster."
+TURNS = "Each peer by turns with ours, two by two, in one process; ratio > 1: ours is faster."
+TOGETHER = "All by turns in one process; ratio > 1: ours is faster."
 
 
 def save(

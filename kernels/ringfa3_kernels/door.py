@@ -341,5 +341,7 @@ def _given(places: Positional | None) -> dict[str, Positional]:
 
 
 def is_aligned(x: Tensor) -> bool:
+    if x.numel() == 0:  # its strides say nothing, and nobody reads it
+        return True
     size = x.element_size()
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ringfa3_kernels import Visible, decode
+from tests.gpu.test_flash_attn_gpu import no_synchronising
 from tests.kernels.decode_contract import CASES, Case, Inputs, check
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -88,11 +89,8 @@ def _other(case: Case) -> Case:
 def test_nothing_synchronises_and_results_repeat() -> None:
     inputs = Inputs.draw(LONG[3], torch.bfloat16, "cuda", generator())
     before = inputs.decode("portable", None)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronising():
         again = decode(inputs.q, inputs.k_pages, inputs.v_pages, inputs.block_table, inputs.visible)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again.out, before.out)
     assert torch.equal(again.lse, before.lse)
 

@@ -38,9 +38,9 @@ def instead(name: str, deed: Callable[[], None]) -> None:
     """Do the deed first, where this rank comes to the hops of a pass; all ranks have agreed on the call by then."""
     hops = getattr(attention.Task, name)
 
-    def struck(*args: Any) -> Any:
+    def struck(*args: Any, **options: Any) -> Any:
         deed()
-        return hops(*args)
+        return hops(*args, **options)
 
     setattr(attention.Task, name, struck)
 

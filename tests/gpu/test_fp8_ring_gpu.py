@@ -34,7 +34,10 @@ def error(x: Tensor, exact: Tensor) -> float:
 
 
 def as_exact_as_one_gpu(rank: int, size: int, case: Case, fp8: Fp8) -> None:
-    """The ring's root mean square error against fp64 is at most a quarter above that of one fp8 call of all rows."""
+    """A rank's root mean square error against fp64 is at most a quarter above that of one fp8 call of all rows.
+
+    Of the same rows: those that see few keys err more, and under a causal mask the first rank has them.
+    """
     device = torch.device("cuda", rank)
     p = ringfa3.plan(case.mask, case.layout, case.seqlen, device=device)
     q, k, v = case.inputs(device)[:3]
@@ -46,7 +49,7 @@ def as_exact_as_one_gpu(rank: int, size: int, case: Case, fp8: Fp8) -> None:
     shards = [p.shard(x) for x in (q, k, v)]
     out = ringfa3.ring_attention(*shards, plan=p, fp8=fp8, **dict(case.options))
     assert out.dtype == q.dtype
-    assert error(out, p.shard(exact)) <= 1.25 * error(alone, exact)
+    assert error(out, p.shard(exact)) <= 1.25 * error(p.shard(alone), p.shard(exact))
     assert error(alone, exact) <= 0.15 * float(exact.square().mean().sqrt())  # about 0.05
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ringfa3_kernels import Partial, Unsupported, Visible, attend, attend_backward, dispatch, row_delta
+from ringfa3_kernels import Partial, Unsupported, Visible, attend, attend_backward, dispatch, door, quantize, row_delta
 from ringfa3_kernels.call import Call
 
 Q = torch.ones(2, 5, 4, 16)
@@ -177,3 +177,11 @@ def test_a_named_implementation_never_falls_back() -> None:
     with pytest.raises(Unsupported, match="portable: "):  # not even where there is nothing to do
         attend(q, q[:, :0], q[:, :0], impl="portable")
     assert attend(q, q, q).out.dtype == torch.float64
+
+
+def test_what_holds_nothing_is_aligned() -> None:
+    """Strides of an empty tensor say nothing: no rows of fp8 values in "keys" order are [B, H, D, 0], strides of 1."""
+    q = torch.empty(1, 0, 2, 64)
+    assert door.is_aligned(quantize(q, q, q, v_order="keys")[2].data)
+    assert door.is_aligned(torch.empty(1, 4, 2, 64))
+    assert not door.is_aligned(torch.empty(1, 4, 2, 65)[..., 1:])
