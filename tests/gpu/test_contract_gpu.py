@@ -9,6 +9,7 @@ import torch
 
 from ringfa3_kernels import dispatch
 from tests.kernels.contract import CASES, CLAUSES, Case, check
+from tests.kernels.test_contract import check_nan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,3 +23,11 @@ def test_contract(impl: str, case: Case, clause: str, dtype: torch.dtype) -> Non
     seed = secrets.randbits(32)
     print(f"inputs are of torch.Generator().manual_seed({seed})")
     check(clause, impl, case, dtype, "cuda", torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("impl", ["hopper", "portable"])
+def test_nan_stays_in_its_row(impl: str, D: int, causal: bool) -> None:
+    check_nan(impl, D, causal, torch.bfloat16, "cuda", torch.Generator().manual_seed(secrets.randbits(32)))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import ringfa3
 from ringfa3 import Agreement, RankFailed, attention
 
-pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, faults")]
 
 SOON = 5.0  # seconds, of issue 4
 LIMIT = 60.0  # seconds for a whole test, ranks' start included

@@ -48,6 +48,7 @@ from ringfa3_kernels.hopper.gluon import (
 from ringfa3_kernels.hopper.producer import K_FREE, V_FREE, Tile, allocate, producer, query_head, receive
 from ringfa3_kernels.hopper.schedule import INTERVALS, LIVE_TILES, PITCH
 from ringfa3_kernels.hopper.softmax import (
+    FLOOR,
     cap,
     carried,
     exp_block,
@@ -232,6 +233,8 @@ def _first(W: gl.constexpr, it, ti, tile, m_i, lo, hi, sm, work, C: gl.constexpr
     barrier_arrive(K_FREE + s_i, THREADS)
     s = _hide(cap(s, work.cap_scale, C), lo, hi, tile.end - 1, tile, C)
     m_new = new_max(s, m_i, work.scale, C)
+    if C.INTO:  # a NaN lse would make m_new NaN in some lanes: barrier_arrive_after wants one answer of a whole warp
+        m_new = gl.maximum(m_new, FLOOR)
     p32, l_i = exp_block(s, m_new, work.scale, C)  # l_i: running sum of exp2(s - m_i), spread over 8 columns
     if C.INTO:
         alpha = gl.exp2(m_i - m_new)
@@ -251,9 +254,9 @@ def _factor(W: gl.constexpr, m_i, l_i, tile, work, C: gl.constexpr):
     l_row = row_total(l_i, R)
     lse = (m_i + gl.log2(l_row)) * LN2
     inv = 1.0 / l_row
-    if C.GUARD:
-        lse = gl.where(l_row > 0, lse, -float("inf"))
-        inv = gl.where(l_row > 0, inv, 0.0)
+    if C.GUARD:  # by equality: NaN stays NaN
+        lse = gl.where(l_row == 0, -float("inf"), lse)
+        inv = gl.where(l_row == 0, 0.0, inv)
     pos, head, exists = _rows(again(tile.mi * C.BM + W * C.WM), tile.h, R, work, C)
     gl.store(_lse_pointers(pos, head, tile.b, work, C), lse, mask=exists)
     return gl.convert_layout(inv, gl.SliceLayout(1, out_layout(C)))[:, None]

@@ -155,7 +155,7 @@ def decode_kernel(
         v_j = load_keys(v_j_at, v_at, inside, HEAD_DIM, BLOCK_D)
         acc = tl.dot(p.to(v_j.dtype), v_j, acc, input_precision=PRECISION)
 
-    seen = l_i > 0
+    seen = l_i != 0  # NaN has seen something
     l_i = tl.where(seen, l_i, 1.0)
     lse_i = tl.where(seen, m_i + tl.log2(l_i), float("-inf"))
     if WHOLE:
@@ -202,7 +202,7 @@ def combine_kernel(
         l_i = l_i * alpha + tl.sum(w, 1)
         m_i = m_new
 
-    seen = l_i > 0
+    seen = l_i != 0  # NaN has seen something
     l_i = tl.where(seen, l_i, 1.0)
     wide = tl.cast(sequence, tl.int64)
     out_at = (wide * (Sq * Hq) + row)[:, None] * HEAD_DIM + c[None, :]

@@ -113,7 +113,7 @@ def forward_kernel(
         v_j = load_tile(v, batch, start, kv_head, v_s, Sk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, UNIT)
         acc = tl.dot(p.to(v_j.dtype), v_j, acc, input_precision=PRECISION)
 
-    seen_any = l_i > 0
+    seen_any = l_i != 0  # NaN has seen something
     l_i = tl.where(seen_any, l_i, 1.0)
     tl.store(lse + lse_row, tl.where(seen_any, (m_i + tl.log2(l_i)) * LN2, float("-inf")), mask=in_rows)
     after, inside = dense_tile(out, batch, row, head, Sq, Hq, BLOCK_M, HEAD_DIM, BLOCK_D)
