@@ -11,7 +11,6 @@ same RankFailed.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -31,7 +30,8 @@ ROWS = 44  # bits of a note's second number for rows; the state is above them
 FINE, WRONG, GAVE_UP, BROKEN = range(4)  # states: a usable call, an error in its arguments, and see OVER
 ENDED = "its process has ended"
 OVER = {GAVE_UP: "gave up waiting; this rank came too late", BROKEN: "a call of it ended in the middle"}
-SPINS = 50  # polls before giving the processor away; about 25 us, what ranks in step differ by
+SPINS = 50  # polls before the clock is read; about 25 us, what ranks in step differ by
+AWAKE = 1e-4  # seconds before it sleeps. Not sched_yield: where others want the processor, it costs a time slice (ms)
 WATCH = 0.05  # seconds between looks at whether the missing ranks live
 SETTLE = 0.01  # seconds for alarms of the same moment to meet, so that all ranks hear the same one
 CLIP = 160  # characters of a value in a message
@@ -181,7 +181,7 @@ class Agreement:
         return [json.loads(board.text(call, rank) or b"{}") for rank in range(self.world)]
 
     def _wait(self, missing: Callable[[list[int]], list[int]], own: tuple[int, int]) -> None:
-        """Until no rank is missing. Spins, then yields, then sleeps longer and longer, with an eye on the others."""
+        """Until no rank is missing. Spins, then sleeps longer and longer, with an eye on the others."""
         ranks = self.others
         for _ in range(SPINS):
             ranks = missing(ranks)
@@ -191,8 +191,7 @@ class Agreement:
         pause = 0.0
         while ranks := missing(ranks):
             now = time.monotonic()
-            if pause == 0.0 and now - start < 2e-4:
-                os.sched_yield()
+            if pause == 0.0 and now - start < AWAKE:
                 continue
             if now - watched > WATCH:
                 watched = now

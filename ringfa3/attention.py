@@ -108,7 +108,9 @@ def ring_attention(
             transport or the implementation. lse stays that of the whole softmax.
         dropout_seed: an integer in [0, 2**64), the same on every rank. None: drawn from torch's default generator (the
             CPU's), which torch.manual_seed must have set alike on all ranks: they compare, so agree=False wants a seed.
-            Its backward pass, and a checkpoint's recomputation, drop the same.
+            Its backward pass drops the same, and so does a checkpoint's recomputation: one that would not, with
+            preserve_rng_state=False or a seed that has changed, is refused. Only a seed of the caller's that a
+            reentrant checkpoint finds changed goes unnoticed.
         agree: compare the call between the ranks first, and watch over them. An Agreement, for another timeout than
             300 s. False: neither; then shards that the layout does not deal evenly need a plan, and ranks that differ,
             die or stall are a hang or a crash.
@@ -219,10 +221,13 @@ class Task:
                 return (*self.heads.home(out, lse), *((*qkv, lse) if self.asked.grad else ()))
 
     def backward(self, *saved: Tensor, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
-        """dq, dk, dv in q's dtype, for what autograd saved: this rank's out, and q, k, v, lse as computed with."""
+        """dq, dk, dv in q's dtype, for what autograd saved: this rank's out, q, k, v, lse as computed with, a seed."""
+        out, q, k, v, lse, *seed = saved
+        error = places.changed(self.asked.dropout, seed)
         if self.agreement is not None:
-            self.agreement.agree(((BACKWARD, self.number),), 0)
-        out, q, k, v, lse = saved
+            self.agreement.agree(((BACKWARD, self.number),), 0, error)
+        if error is not None:
+            raise error
         with self._whole():
             if self.asked.fp8 is not None and self.asked.fp8.gradients == "exact":
                 out, lse = self._recomputed(q, k, v)
@@ -325,7 +330,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: Task, result: Tensors | None) -> Tensors:
         out, lse, *computed_with = result or task.lane.run(lambda: task.forward(q, k, v))
         ctx.task = task
-        ctx.save_for_backward(out, *(computed_with or (q, k, v, lse)))
+        ctx.save_for_backward(out, *(computed_with or (q, k, v, lse)), *places.kept(task.asked.dropout))
         ctx.set_materialize_grads(False)
         return out, lse
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ringfa3.agree import Agreement
 from ringfa3.lane import Lane
 from ringfa3.transport.commons import Commons, HostCommons
 from ringfa3.transport.cuda import CudaCommons
 from ringfa3.transport.meeting import Meeting
+from ringfa3.transport.party import Party
 from ringfa3.transport.place import Place, places
 from ringfa3.transport.pool import Pool
+from ringfa3.transport.tally import Tally
 from ringfa3.transport.wire import Wire
 from ringfa3.watch import Watch
 
@@ -30,6 +35,8 @@ class Gang:
         self._lanes: dict[torch.device, Lane] = {}
         self._places: dict[torch.device, tuple[Place, ...]] = {}
         self._pools: dict[tuple[torch.device, tuple[int, ...]], Pool] = {}
+        self._meetings: Counter[str] = Counter()  # begun, by name
+        self._parties: list[Party] = []  # of the pools; their names are to last as long
         self._watches: WeakKeyDictionary[Agreement, Watch] = WeakKeyDictionary()
 
     @classmethod
@@ -76,6 +83,7 @@ class Gang:
         wire = self._wires.get(device)
         if wire is None:
             wire = self._wires[device] = Wire(self._group, device, hosts)
+            _announce(wire.tally)
         return wire
 
     def lane(self, device: torch.device) -> Lane:
@@ -89,10 +97,8 @@ class Gang:
         """Where the ranks are. The first call waits for all of them."""
         found = self._places.get(device)
         if found is None:
-            group = self._living()
-            name = f"places/{device.type}/{len(self._places)}"
-            meeting = Meeting.of(group, name, range(dist.get_world_size(group)), device)
-            found = self._places[device] = places(meeting, device)
+            everybody = range(dist.get_world_size(self._living()))
+            found = self._places[device] = places(self._meet("places", everybody, device), device)
         return found
 
     def pool(self, device: torch.device, members: Sequence[int]) -> Pool:
@@ -106,16 +112,17 @@ class Gang:
         key = device, tuple(members)
         pool = self._pools.get(key)
         if pool is None:
-            group = self._living()
-            name = f"pool/{device.type}/{len(self._pools)}/{'-'.join(map(str, members))}"
-            meeting = Meeting.of(group, name, members, device)
             peers = [self.places(device)[rank].peer for rank in members]
+            meeting = self._meet("pool", members, device)
             commons: Commons
             if device.type == "cuda":
-                commons = CudaCommons(meeting, peers, _of_members(group, members), device)
+                party = Party(meeting, _get_process_group_store(self._living()))
+                self._parties.append(party)
+                commons = CudaCommons(meeting, peers, party.name, device)
             else:
                 commons = HostCommons(meeting, peers)
             pool = self._pools[key] = Pool(commons)
+            _announce(pool.tally)
         return pool
 
     def alive(self) -> bool:
@@ -134,25 +141,41 @@ class Gang:
         """Those in use: a watchdog asks them who is waited for."""
         return tuple(self._pools.values())
 
+    def _meet(self, purpose: str, members: Sequence[int], device: torch.device) -> Meeting:
+        """A new meeting of these ranks: numbered among those of them for this purpose, as others may be in more."""
+        name = f"{purpose}/{device.type}/{'-'.join(map(str, members))}"
+        self._meetings[name] += 1
+        return Meeting.of(self._living(), f"{name}/{self._meetings[name]}", members, device)
+
     def _living(self) -> dist.ProcessGroup:
         group = None if self._group is None else self._group()
         assert group is not None  # a lone process has nobody to talk to
         return group
 
 
-def gangs() -> tuple[Gang, ...]:
-    """Those of all living groups that this process has made calls in."""
-    return tuple(_gangs.values())
+@contextmanager
+def tallies() -> Iterator[Callable[[], Tally]]:
+    """Within, the sum of what this process has moved: on groups that there are, and on those made or gone meanwhile.
+
+    Yields:
+        The sum until now; it never becomes less.
+    """
+    found: dict[int, Tally] = {}  # by id: one that is made now may be found twice
+    _counting.append(found)
+    try:
+        for gang in tuple(_gangs.values()):
+            made = [wire.tally for wire in gang.wires()] + [pool.tally for pool in gang.pools()]
+            found |= {id(tally): tally for tally in made}
+        yield lambda: sum(tuple(found.values()), Tally())
+    finally:
+        _counting[:] = [other for other in _counting if other is not found]
 
 
-def _of_members(group: dist.ProcessGroup, members: Sequence[int]) -> str:
-    """Name of a group of these ranks of the group alone, over which symmetric memory can meet; made by them alone."""
-    if len(members) in (1, dist.get_world_size(group)):  # who is alone meets nobody
-        return str(group.group_name)
-    ranks = [dist.get_global_rank(group, rank) for rank in members]
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return str(made.group_name)
+def _announce(tally: Tally) -> None:
+    """A new wire's or pool's: whoever counts now keeps it, also when its group goes."""
+    for found in tuple(_counting):
+        found[id(tally)] = tally
 
 
+_counting: list[dict[int, Tally]] = []
 _gangs: WeakKeyDictionary[dist.ProcessGroup, Gang] = WeakKeyDictionary()

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +115,14 @@ def resolve(layout: str | Layout, mask: Mask | None = None) -> Layout:
     return LAYOUTS[layout]
 
 
+class Counts(Protocol):
+    """How many of each rank's positions lie below a place."""
+
+    def below(self, x: Ints32, ranks: list[int], offsets: Ints32, out: Ints32) -> None:
+        """See `Dealing.below`."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Dealing:
     """The positions of one sequence as they lie on all ranks.
@@ -132,7 +140,7 @@ class Dealing:
     lengths: tuple[int, ...]
     owner: NDArray[np.int64]
     ends: Ints32
-    _counts: _Pieces | _Strides
+    _counts: Counts
 
     def positions(self, rank: int) -> Ints32:
         """The rank's positions, ascending: int32 [n]."""
@@ -164,7 +172,7 @@ def deal(layout: Layout, seqlen: int, world: int) -> Dealing:
     size = -(-(stop - start) // step)
     last = start + (size - 1) * step
     ascending = ((start[1:] > last[:-1]) | (owner[1:] != owner[:-1])).all()
-    counts: _Pieces | _Strides
+    counts: Counts
     if (step == 1).all():
         order = np.argsort(start)
         once = np.array_equal(np.append(start[order], seqlen), np.append(0, stop[order]))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from ringfa3.hops import Hop
 from ringfa3.layout import deal
 from ringfa3.plan import Plan
 from ringfa3_kernels import Dropout
 from ringfa3_kernels.positional import check_slopes
+
+REPEATABLE = "preserve_rng_state=True (its default) or a seed in a checkpoint, which must drop the same again"
 
 
 def check_dropout(p: Any, seed: Any, *, compared: bool) -> Dropout | None:
@@ -50,13 +56,47 @@ def drawn_seed() -> int:
     """A seed from torch's default generator: repeatable by torch.manual_seed, and when a checkpoint recomputes.
 
     Raises:
-        ValueError: a CUDA graph is captured, every replay of which would drop the same.
+        ValueError: a CUDA graph is captured, every replay of which would drop the same; or a reentrant checkpoint will
+            recompute this call without the generator's state, and nobody could tell afterwards that it drew another.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "dropout_seed: wanted a seed while a CUDA graph is captured, whose replays repeat it, got None"
         )
+    if not torch.is_grad_enabled() and _forgetful(sys._getframe()):
+        raise ValueError(f"dropout_seed: wanted {REPEATABLE}, got neither")
     return int(torch.randint(2**63 - 1, (), device="cpu"))
+
+
+def kept(dropout: Dropout | None) -> tuple[Tensor, ...]:
+    """For autograd to save beside the other tensors: the seed, int64 [] on the CPU; nothing where nothing is dropped.
+
+    A checkpoint throws away what is saved, and has in its place what its recomputation saves: see `changed`.
+    """
+    if dropout is None:
+        return ()
+    return (torch.tensor(dropout.seed - (2**64 if dropout.seed >= 2**63 else 0)),)
+
+
+def changed(dropout: Dropout | None, saved: Sequence[Tensor]) -> ValueError | None:
+    """The error to raise in a backward pass where saved tensors are of a forward pass that dropped otherwise.
+
+    Args:
+        dropout: the forward pass's.
+        saved: what autograd has for what `kept` gave.
+    """
+    if [x.item() for x in saved] == [x.item() for x in kept(dropout)]:
+        return None
+    return ValueError(f"dropout_seed: wanted {REPEATABLE}, got another seed when it recomputed")
+
+
+def _forgetful(frame: FrameType | None) -> bool:
+    """Whether this runs in the forward pass of a reentrant checkpoint that will not set the generator back."""
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__ and not frame.f_locals["preserve_rng_state"]:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def options(plan: Plan, hop: Hop, alibi: Tensor | None, dropout: Dropout | None, heads: slice | None) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights")
     what.add_argument("--pages", type=int, metavar="N", help="pages of the cache a rank (default: what memory allows)")
     what.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a step (512)")
+    what.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
     what.add_argument("--launcher", choices=("local", "ray"), default="local", help="who starts the ranks")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-json-mib", type=float, default=4, metavar="MIB", help="a JSON body (4)")
@@ -143,7 +144,7 @@ def cluster_options(args: argparse.Namespace, folder: Path, gpus: int) -> tuple[
         raise ValueError(f"--tp: wanted a divisor of the number of ranks, {ranks}, got {args.tp}")
     options: dict[str, Any] = {"device": "cuda" if gpus else "cpu", "chunk": args.chunk}
     if args.attention_only:
-        of_models = {"model": None, "model_name": None, "pages": None, "dtype": "auto", "tp": 1}
+        of_models = {"model": None, "model_name": None, "pages": None, "dtype": "auto", "tp": 1, "no_graphs": False}
         for name, default in of_models.items():
             if (given := getattr(args, name)) != default:
                 raise ValueError(f"--attention-only: wanted no --{name.replace('_', '-')} beside it, got {given!r}")
@@ -155,7 +156,7 @@ def cluster_options(args: argparse.Namespace, folder: Path, gpus: int) -> tuple[
     path, tokenizer = checkpoint.unpack(unpacked)
     if path == unpacked:
         tokenizer.save_pretrained(path)
-    options |= {"model": path, "dtype": args.dtype, "tp": args.tp}
+    options |= {"model": path, "dtype": args.dtype, "tp": args.tp, "graphs": not args.no_graphs}
     if args.pages is not None:
         options["pages"] = args.pages
     return ranks, options

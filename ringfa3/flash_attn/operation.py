@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringfa3.entrance import autocasted, plain, sharded, traced
+from ringfa3.places import changed, kept
 from ringfa3_kernels import Unsupported, Visible, attend, attend_backward, row_delta
 
 
@@ -123,14 +124,16 @@ class _Attention(torch.autograd.Function):
         partial = attend(q, k, v, visible, scale=scale, softcap=softcap, out_dtype=q.dtype, **places)
         ctx.visible, ctx.deterministic = visible, deterministic
         ctx.options = {"scale": scale, "softcap": softcap, **places}
-        ctx.save_for_backward(q, k, v, partial.out, partial.lse)
+        ctx.save_for_backward(q, k, v, partial.out, partial.lse, *kept(places.get("dropout")))
         ctx.set_materialize_grads(False)
         return partial.out, partial.lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *seed = ctx.saved_tensors
+        if (error := changed(ctx.options.get("dropout"), seed)) is not None:
+            raise error
         dout = torch.zeros_like(out) if dout is None else dout
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         delta = row_delta(dout, out, dlse)

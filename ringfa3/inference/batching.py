@@ -58,6 +58,7 @@ class Batching:
         self._happened: list[tuple[Answer, Event]] = []  # to be told once the order has been executed
         self._step = Step()  # the last one planned
         self._orders = self._requests = 0
+        self._known: dict[int, str] = {}  # texts of single tokens
         self._closing = False
         self._failure: str | None = None
         self._used = self._pages_used()
@@ -90,7 +91,7 @@ class Batching:
             raise ValueError(f"session: wanted a name or None, got {session!r}")
         sampling = Sampling() if sampling is None else sampling
         tokens = self._checked(ids, sampling)
-        transcript = Transcript(self.tokenizer, prompt=tokens, stop=sampling.stop)
+        transcript = Transcript(self.tokenizer, prompt=tokens, stop=sampling.stop, known=self._known)
         with self._lock:
             self._check_open()
             if len(self._scheduler.waiting) >= self.max_waiting:

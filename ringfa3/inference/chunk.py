@@ -53,10 +53,10 @@ class Chunk:
         lengths = tuple(pages.local_length(rank, sequence) - skipped[rank] for rank in range(world))
         counts = _Counts(pages, sequence, skipped)
         none = np.zeros((2, 0), np.int32)
-        keys = Dealing(total, ((),) * world, lengths, none[0].astype(np.int64), none, counts)  # type: ignore[arg-type]
+        keys = Dealing(total, ((),) * world, lengths, none[0].astype(np.int64), none, counts)
         part = deal(Placement(tuple(_runs(x - start) for x in placed.positions)), placed.count, world)
         runs = tuple(tuple((a + start, b + start, step) for a, b, step in hand) for hand in part.runs)
-        rows = Dealing(total, runs, part.lengths, part.owner, part.ends + np.int32(start), counts)  # type: ignore[arg-type]
+        rows = Dealing(total, runs, part.lengths, part.owner, part.ends + np.int32(start), counts)
         return cls(mask, part, rows, keys, skipped, needs_of(mask, rows, keys))
 
     def plan(self, ranks: Ranks, device: torch.device) -> Plan:

@@ -140,7 +140,8 @@ class Engine(Batching):
         samplings = [Sampling() if each is None else each for each in every]
         tokens = [self._checked(self._encode(prompt), each) for prompt, each in zip(prompts, samplings, strict=True)]
         transcripts = [
-            Transcript(self.tokenizer, prompt=ids, stop=each.stop) for ids, each in zip(tokens, samplings, strict=True)
+            Transcript(self.tokenizer, prompt=ids, stop=each.stop, known=self._known)
+            for ids, each in zip(tokens, samplings, strict=True)
         ]
         events: list[list[Event]] = [[] for _ in prompts]
         done = threading.Semaphore(0)

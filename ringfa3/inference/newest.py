@@ -51,13 +51,19 @@ class Newest:
         count = placed[sequences[0]].count
         positions = np.array([each.start for each in placed.values()])[:, None] + np.arange(count)
         slots = np.full(positions.shape, scratch, np.int64)
-        for row, each in zip(slots, placed.values(), strict=True):
-            row[each.positions[rank] - each.start] = each.slots[rank]
-        ordered, back = np.unique(positions, return_inverse=True)
+        for row, each in enumerate(placed.values()):
+            if each.slots[rank].size == 1 == count:  # nearly always
+                slots[row, 0] = each.slots[rank][0]
+            elif each.slots[rank].size:
+                slots[row, each.positions[rank] - each.start] = each.slots[rank]
+        ordered, back = np.unique(positions, return_inverse=True) if len(sequences) > 1 else (positions[0], slice(None))
         bounds = {}
         for mask in masks:
             whole = (bound[back].reshape(positions.shape) for bound in mask.bounds(ordered, int(ordered[-1]) + 1))
-            bounds[mask] = np.stack([pages.below_each(rank, sequences, bound) for bound in whole])
+            bounds[mask] = np.array(
+                [pages.below_each(rank, sequences, bound) if bound.any() else np.zeros_like(bound) for bound in whole],
+                np.int32,
+            )
         # as wide as any rank's: ranks of other forms would capture CUDA graphs, and their collectives, at other steps
         tables = pages.block_tables(rank, sequences, max(1, pages.blocks(sequences)))
         return cls(positions, slots, tables, bounds)
@@ -118,9 +124,9 @@ class Form:
         parts: list[NDArray[Any]] = [ids, newest.positions, newest.slots, newest.tables, *bounds]
         paddings = [0, 0, scratch, -1, *[0] * len(bounds)]
         buffer = torch.empty(self._size, dtype=torch.int32, pin_memory=pinned)
-        for into, given, padding in zip(self._views(buffer), parts, paddings, strict=True):
-            array = into.numpy()
-            array[:] = padding
+        for array, given, padding in zip(self._views(buffer.numpy()), parts, paddings, strict=True):
+            if array.shape != given.shape:
+                array[:] = padding
             array[: given.shape[0], : given.shape[1]] = given
         return buffer
 
@@ -130,11 +136,13 @@ class Form:
         pairs = zip(self.masks, bounds[::2], bounds[1::2], strict=True)
         return Sent(ids, positions, slots, tables, {mask: Visible(lo, hi) for mask, lo, hi in pairs})
 
-    def _views(self, buffer: Tensor) -> Iterator[Tensor]:
+    def _views(self, buffer: Any) -> Iterator[Any]:
+        """The parts of a buffer, of torch or numpy as it is."""
         begin = 0
         for shape in self._shapes:
-            yield buffer[begin : begin + math.prod(shape)].view(shape)
-            begin += _aligned(math.prod(shape))
+            size = shape[0] * shape[1]
+            yield buffer[begin : begin + size].reshape(shape)
+            begin += _aligned(size)
 
     @property
     def _shapes(self) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 import torch
@@ -98,7 +99,8 @@ class Runner:
         self._ranks, self._everyone, self._tensor = axes.cache, axes.all, shared or axes.tensor
         self._way, self._impl = prefill, impl
         sizes = {"layers": self._model.layers, "kv_heads": self._model.kv_heads, "head_dim": self._model.head_dim}
-        dtype, device = self._model.dtype, self._model.device
+        dtype = self._model.dtype
+        device = self._device = self._model.device  # kept: asking the model takes it 10 us
         if pages is None:
             assert memory is not None
             pages = PagedCache.pages_within(memory, **sizes, page_size=page_size, dtype=dtype)
@@ -153,7 +155,7 @@ class Runner:
             CacheFull: it does not fit, on all ranks.
             RankFailed: another rank failed.
         """
-        (tokens,) = self._checked("prefill", [seq], [ids])
+        tokens = self._checked("prefill", [seq], [ids])[0]
         rank = self._ranks.rank
         with self._appended({seq: tokens.size}) as appended:
             placed = appended[seq]
@@ -179,14 +181,43 @@ class Runner:
         Raises:
             ValueError, CacheFull, RankFailed: as `prefill`.
         """
-        tokens = np.stack(self._checked("decode", seqs, ids))
+        tokens = self._checked("decode", seqs, ids)
         with self._appended({seq: tokens.shape[1] for seq in seqs}) as placed:
             newest = Newest.of(self.pages, placed, self._model.masks, self._ranks.rank, self.cache.scratch)
             if self._graphs is not None:
                 return self._graphs(tokens, newest).clone()
             form = Form.of(newest)
-            sent = form.unpack(form.pack(tokens, newest, self.cache.scratch).to(self._model.device))
+            sent = form.unpack(form.pack(tokens, newest, self.cache.scratch).to(self._device))
             return self._model(Decode(self.cache, self._ranks, sent, impl=self._impl), sent.ids, sent.positions)
+
+    def warm(self, most: int) -> None:
+        """Capture the graphs of decode steps of up to so many sequences now, while nobody waits for them; collective.
+
+        One for each power of 2, with tables of few pages (see `Form.of`); others are captured on first use. Every
+        sequence takes a page for a moment.
+
+        Args:
+            most: sequences of the largest step; more than there are pages for come to that many.
+
+        Raises:
+            ValueError: there are no graphs, or sequences already; or most is no positive integer, or ranks differ.
+            RankFailed: another rank failed.
+        """
+        wrong = None
+        if self._graphs is None:
+            wrong = "graphs: wanted True where decode steps are to be captured, got False"
+        elif self.pages.sequences:
+            wrong = f"sequences: wanted none yet, got {len(self.pages.sequences)}"
+        elif isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            wrong = f"most: wanted an integer, 1 or more, got {most!r}"
+        self._agree((("call", "warm"), ("most", most)), None if wrong is None else ValueError(wrong))
+        most = min(most, self.pages.world * self.pages.pages)
+        for batch in [1 << i for i in range((most - 1).bit_length())] + [most]:
+            for seq in range(batch):
+                self.create(seq)
+            self.decode(range(batch), [[0]] * batch)
+            for seq in range(batch):
+                self.free(seq)
 
     def check(self) -> None:
         """Raise RankFailed where a rank is known to have failed.
@@ -210,28 +241,32 @@ class Runner:
             watch.follow(Gang.of(self._ranks.group), self._ranks.numbers)
         return agreement
 
-    def _checked(self, call: str, seqs: Sequence[int], ids: Sequence[Sequence[int]]) -> list[NDArray[np.int64]]:
-        """The tokens of each sequence, if all ranks were given the same and it is right.
+    def _checked(self, call: str, seqs: Sequence[int], ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """The tokens [B, n] of the sequences, if all ranks were given the same and it is right.
 
         Raises:
             ValueError: it is not; on every rank.
         """
         error: ValueError | None = None
-        tokens: list[NDArray[np.int64]] = []
+        tokens = np.zeros((0, 0), np.int64)
         try:
             tokens = self._tokens(seqs, ids, MOST_TOKENS if call == "decode" else self.max_length)
-            if len({each.size for each in tokens}) != 1:
-                raise ValueError(f"ids: wanted equally many for each sequence, got {[each.size for each in tokens]}")
         except ValueError as wrong:
             error = wrong
-        said = blake2b(b"".join(each.tobytes() for each in tokens), digest_size=8).hexdigest()
-        sizes = tuple(each.size for each in tokens)
-        self._agree((("call", call), ("seqs", tuple(seqs)), ("tokens", sizes), ("ids (digest)", said)), error)
+        said = blake2b(tokens.tobytes(), digest_size=8).hexdigest()
+        self._agree((("call", call), ("seqs", tuple(seqs)), ("tokens", tokens.shape), ("ids (digest)", said)), error)
         return tokens
 
-    def _tokens(self, seqs: Sequence[int], ids: Sequence[Sequence[int]], most: int) -> list[NDArray[np.int64]]:
+    def _tokens(self, seqs: Sequence[int], ids: Sequence[Sequence[int]], most: int) -> NDArray[np.int64]:
+        """Of each sequence its own, equally many. Raises ValueError where something is wrong: names it."""
         if not seqs or len(set(seqs)) != len(seqs) or len(ids) != len(seqs):
             raise ValueError(f"seqs: wanted sequences, each once, and ids for each, got {list(seqs)} and {len(ids)}")
+        if set(map(type, ids)) == {list} and len(set(map(len, ids))) == 1:  # all at once, as every decode step has them
+            flat = list(chain.from_iterable(ids))
+            count, held = len(ids[0]), max(map(self.pages.length, seqs))
+            right = set(map(type, flat)) == {int} and min(flat) >= 0 and max(flat) < self.vocab
+            if right and count <= min(most, self.max_length - held):
+                return np.array(flat, np.int64).reshape(len(ids), count)
         tokens = []
         for seq, given in zip(seqs, ids, strict=True):
             array = np.asarray(given)
@@ -241,7 +276,9 @@ class Runner:
             if array.min() < 0 or array.max() >= self.vocab:
                 raise ValueError(f"ids: wanted tokens in [0, {self.vocab}), got {array.min()} to {array.max()}")
             tokens.append(array.astype(np.int64))
-        return tokens
+        if len({each.size for each in tokens}) != 1:
+            raise ValueError(f"ids: wanted equally many for each sequence, got {[each.size for each in tokens]}")
+        return np.stack(tokens)
 
     def _rehearse(self) -> None:
         """Raise now what the kernels' doors would raise in a pass, where others would be left waiting."""
@@ -267,7 +304,7 @@ class Runner:
         placed = self.pages.append_all(counts)
         copied = False
         try:
-            with self._ranks.step(self._model.device), self._tensor.step(self._model.device):
+            with self._ranks.step(self._device), self._tensor.step(self._device):
                 self.cache.copy(pair for each in placed.values() for pair in each.copies[self._ranks.rank])
                 copied = True
                 yield placed
@@ -288,12 +325,18 @@ class Runner:
             raise failure from error
 
     def _blamed(self, agreement: Agreement, error: BaseException) -> BaseException:
-        """The error; or RankFailed, where a collective broke off because another rank's process has ended."""
+        """The error; or RankFailed, where a collective broke off because another rank has failed.
+
+        A rank that failed ends its connections, which may be seen before its alarm is.
+        """
         deadline = time.monotonic() + ENDING
         while isinstance(error, RuntimeError) and not isinstance(error, RankFailed) and time.monotonic() < deadline:
             for rank in agreement.others:
                 if agreement.peers[rank].dead():
                     return RankFailed(rank, agreement.peers[rank].host, None, ENDED)
+            failure = agreement.failure or agreement.heard()
+            if failure is not None:
+                return failure
             time.sleep(1e-3)
         return error
 

@@ -95,9 +95,10 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[r
     if not samplings:
         return []
     best = logits.max(-1)  # a NaN anywhere in a row is its maximum
-    tokens: list[int | None] = list(best.indices.tolist())
-    fine = best.values.isfinite().tolist()
-    drawn = [row for row, sampling in enumerate(samplings) if fine[row] and not sampling.greedy]
+    fine = best.values.abs() < math.inf
+    # in one message: whoever asks a GPU waits for it
+    tokens: list[int | None] = [None if token < 0 else token for token in best.indices.where(fine, -1).tolist()]
+    drawn = [row for row, sampling in enumerate(samplings) if tokens[row] is not None and not sampling.greedy]
     for filtered in (False, True):  # apart, so that how a row is drawn does not depend on the others
         part = [row for row in drawn if samplings[row].filters == filtered]
         if part:
@@ -105,7 +106,7 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[r
             chosen = _draw(logits[rows], [samplings[row] for row in part], [generators[row].random() for row in part])
             for row, token in zip(part, chosen, strict=True):
                 tokens[row] = token
-    return [token if is_fine else None for token, is_fine in zip(tokens, fine, strict=True)]
+    return tokens
 
 
 def probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:

@@ -69,13 +69,22 @@ class Transcript:
         tokenizer: a Hugging Face tokenizer; None: there is no text.
         prompt: the prompt's tokens, or the last of them: the text goes on from there.
         stop: strings that end it.
+        known: texts of single tokens that have been decoded, by token; the answers of an engine share it.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, *, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        known: dict[int, str] | None = None,
+    ) -> None:
         if tokenizer is None and stop:
             raise ValueError(f"stop: wanted no strings where there is no tokenizer, got {stop!r}")
         self._tokenizer = tokenizer
         self._stops = StopStrings(stop)
+        self._known = {} if known is None else known
         self._tokens = list(prompt[-CONTEXT:])
         self._read = len(self._tokens)  # tokens whose text has been emitted
         self._before = self._decode()  # text of those
@@ -122,7 +131,12 @@ class Transcript:
         """Everything so far is emitted; the tokens of the last emission stay as context."""
         self._tokens = self._tokens[self._read :] or self._tokens
         self._read = len(self._tokens)
-        self._before = self._decode()
+        if self._read != 1:
+            self._before = self._decode()
+            return
+        (token,) = self._tokens  # nearly always: decoding it takes as long as all else that is done for its text
+        before = self._known.get(token)
+        self._before = self._known[token] = self._decode() if before is None else before
 
     def _give_up(self, text: str) -> str:
         """All but the last tokens, broken as they are. A character that may yet be completed has 3 bytes at most."""

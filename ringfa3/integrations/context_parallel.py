@@ -25,7 +25,7 @@ from ringfa3.fp8 import Fp8
 from ringfa3.integrations.ranks import Ranks, ranks_of
 from ringfa3.integrations.transformers import SHARDED, Call
 from ringfa3.integrations.whole import IGNORED, Whole, read
-from ringfa3.integrations.words import implementations
+from ringfa3.integrations.words import check_call, check_rows, implementations
 from ringfa3.layout import Layout
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan
@@ -92,6 +92,7 @@ def context_parallel(
     if gradients not in ("mean", "sum"):
         raise ValueError(f"gradients: wanted 'mean' or 'sum', got {gradients!r}")
     inner = unwrapped(model)
+    check_rows(inner)
     ranks = ranks_of(mesh)
     options = {"transport": transport, "deterministic": deterministic, "impl": impl, "fp8": fp8}
     context = ContextParallel(inner, ranks, layout, ranks.size if gradients == "mean" else 1, options, agree)
@@ -171,6 +172,7 @@ class ContextParallel:
         whole: Whole | None = None
         error: Exception | None = None
         try:
+            check_call(model.config, given, also=("documents",))
             whole = read(given)
             if whole.targets is not None:
                 self._check_loss(model, given)
@@ -232,8 +234,6 @@ class ContextParallel:
                 f"labels: wanted a causal language model's, whose loss_function names {' and '.join(sorted(missing))} "
                 f"among its parameters, got them for {type(model).__name__}"
             )
-        if given.get("output_router_logits") or getattr(model.config, "output_router_logits", False):
-            raise ValueError("output_router_logits: wanted False beside labels (a router's loss is no sum), got True")
 
     def _divisor(self, targets: Tensor, num_items: Tensor | None) -> Tensor:
         """What the sum of this rank's losses is divided by: all valid targets, by how many ranks are averaged."""

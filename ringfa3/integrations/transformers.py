@@ -33,9 +33,12 @@ from ringfa3.integrations.sharded_cache import ShardedCache, attend_sharded
 from ringfa3.integrations.words import (
     HARMLESS,
     check,
+    check_call,
     check_layers,
     check_rotary,
+    check_rows,
     check_temperature,
+    has_loss_function,
     implementations,
     padding_documents,
     rows_first,
@@ -98,7 +101,9 @@ def sequence_parallel(
     - past_key_values is a `ShardedCache`; use_cache=True makes one. Once it is filled, input_ids are further tokens,
       the same on every rank and not sharded (without gradients).
     - labels are refused, since transformers would shift them within the shard: pass shift_labels=plan.labels(ids).
-    - logits are this rank's rows: the last position's are where `plan.positions` ends with seqlen - 1.
+    - logits and hidden states are this rank's rows: the last position's are where `plan.positions` ends with
+      seqlen - 1. logits_to_keep is refused, as it counts from the shard's end.
+    - token_type_ids are this rank's as well, for models that embed them; other arguments are refused.
 
     The plan's mask says which documents are packed; causality, windows and chunks come from the model, layer by layer.
     A backward pass that recomputes (gradient checkpointing) belongs within as well.
@@ -117,6 +122,7 @@ def sequence_parallel(
         raise ValueError(f"model: wanted a transformers.PreTrainedModel, got {type(model).__name__}")
     if plan.mask != Mask(plan.mask.causal, documents=plan.mask.documents) or plan.kv_seqlen != plan.seqlen:
         raise ValueError(f"plan: wanted a mask of documents alone, the rest is the model's to say, got {plan.mask}")
+    check_rows(model)
     call = Call(model, plan, {"transport": transport, "deterministic": deterministic, "impl": impl, "fp8": fp8})
     before = implementations(model.config)
     model.set_attn_implementation(SHARDED)
@@ -202,6 +208,8 @@ class Call:
         if "position_ids" not in self.names:
             raise ValueError(f"model: wanted one that takes position_ids, got {type(model).__name__}")
         check_layers(model)
+        self.heeds = has_loss_function(model)  # shift_labels
+        self.typed = bool(getattr(model.config, "type_vocab_size", 0))  # token_type_ids are embedded row by row
 
     def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Check the model's arguments and fill in what a shard needs; torch's forward pre-hook."""
@@ -211,6 +219,7 @@ class Call:
         x = given.get(name)
         if x is None:
             raise ValueError("input_ids: wanted them or inputs_embeds, got neither")
+        check_call(model.config, given, also=("token_type_ids",) if self.typed else ())
         self.cache = self._cache(given)
         self.step = self.cache is not None and self.cache.seen > 0
         self.rows = x.shape[1]
@@ -219,6 +228,9 @@ class Call:
             raise ValueError(
                 f"{name}: wanted this rank's {mine} of {self.plan.seqlen} positions, plan.shard(...), got {self.rows}"
             )
+        types = given.get("token_type_ids")
+        if types is not None and types.shape != x.shape[:2]:
+            raise ValueError(f"token_type_ids: wanted {name}'s rows, {list(x.shape[:2])}, got {list(types.shape)}")
         check_rotary(model.config, self.plan.seqlen)
         check_temperature(model.config, self._counted())
         padding = given.get("attention_mask")
@@ -229,13 +241,16 @@ class Call:
         positions_given = given.get("position_ids") is not None
         given["position_ids"] = self._positions(given.get("position_ids"), padding, x.device)
         given["attention_mask"] = None  # the Sights know
-        if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
-            raise ValueError("output_attentions: wanted False (attention weights are never all in memory), got True")
         if given.get("labels") is not None and given.get("shift_labels") is None:
             raise ValueError(
                 "labels: wanted shift_labels=plan.labels(ids), which no rank shifts again, got labels alone"
             )
         if given.get("shift_labels") is not None:
+            if not self.heeds:
+                raise ValueError(
+                    f"shift_labels: wanted a model whose loss is model.loss_function's (another shifts them again, "
+                    f"within the shard), got {type(model).__name__}"
+                )
             given["labels"] = given["shift_labels"]
         if self.cache is not None:
             self.cache.begin(self.rows, self.documents, positions_given)

@@ -87,12 +87,6 @@ def read(given: dict[str, Any]) -> Whole:
             got = list(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
             raise ValueError(f"{key}: wanted the whole sequences', [{B}, {S}], got {got}")
     num_items = _number(given.pop("num_items_in_batch", None), x.device)
-    keep = given.get("logits_to_keep")
-    if isinstance(keep, Tensor) or keep:
-        raise ValueError(f"logits_to_keep: wanted 0 (the last rows of a shard are not the sequence's), got {keep}")
-    for key, other in given.items():
-        if key not in (name, "attention_mask") and isinstance(other, Tensor) and other.ndim > 0:
-            raise ValueError(f"{key}: wanted none (nobody says how it is sharded), got {list(other.shape)}")
     targets = shifted
     if labels is not None and shifted is None:
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

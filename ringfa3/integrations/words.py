@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,27 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
+
+# What a model may be called with where its sequence is sharded: it is served, or means the same for a part of the rows
+SERVED = frozenset(
+    {
+        "attention_mask",
+        "input_ids",
+        "inputs_embeds",
+        "labels",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "shift_labels",
+        "use_cache",
+    }
+)
+LAST_ROWS = ("logits_to_keep", "num_logits_to_keep")
+# Heads, by the end of a model's name, that make one thing of all rows
+POOLING = ("SequenceClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction", "PreTraining")
 
 # transformers' layer_types whose rows see others by attention functions alone, and those that see no others
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -55,6 +76,49 @@ def check(
     left = sliding_window - 1  # transformers counts the row itself; models that look both ways are not of one mind
     if mask.window not in (((left, 0),) if mask.causal else ((left, left), (left + 1, left + 1))):
         raise ValueError(f"sliding_window: wanted what the layer's mask has, {mask.window}, got {sliding_window}")
+
+
+def check_call(config: Any, given: dict[str, Any], *, also: Collection[str] = ()) -> None:
+    """Raise ValueError, naming it, for an argument of a model that means something else where rows are sharded.
+
+    Args:
+        config: the model's; it may ask for outputs as well.
+        given: the arguments by name. None and False are as good as none.
+        also: further names that are served.
+    """
+    for name in LAST_ROWS:
+        keep = given.get(name)
+        if isinstance(keep, Tensor) or keep:
+            raise ValueError(f"{name}: wanted 0 (the last rows of a shard are not the sequence's), got {keep}")
+    if given.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError("output_attentions: wanted False (attention weights are never all in memory), got True")
+    targets = given.get("labels") is not None or given.get("shift_labels") is not None
+    routed = given.get("output_router_logits")
+    if targets and (getattr(config.get_text_config(), "output_router_logits", False) if routed is None else routed):
+        raise ValueError("output_router_logits: wanted False beside labels (a router's loss is no sum), got True")
+    for name, other in given.items():
+        if name in SERVED or name in LAST_ROWS or name in also or other is None or other is False:
+            continue
+        got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
+        raise ValueError(f"{name}: wanted none (nobody says how it is sharded), got {got}")
+
+
+def check_rows(model: Any) -> None:
+    """Raise ValueError where a model makes something of a row's number, or of all rows, that differs on a shard."""
+    name = type(model).__name__
+    if name.endswith(tuple(f"For{head}" for head in POOLING)) or getattr(model, "pooler", None) is not None:
+        raise ValueError(f"model: wanted one without a head or pooler that makes one thing of all rows, got {name}")
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            raise ValueError(
+                f"model: wanted positions that count from 0, got {name}, which counts past its padding_idx"
+            )
+
+
+def has_loss_function(model: Any) -> bool:
+    """Whether a model's forward, or one that it overrides, asks model.loss_function, which heeds shift_labels."""
+    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(model).__mro__ if "forward" in vars(kind))
+    return any("loss_function" in getattr(getattr(each, "__code__", None), "co_names", ()) for each in forwards)
 
 
 def check_layers(model: Any) -> None:

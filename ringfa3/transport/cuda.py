@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from ringfa3.errors import RankFailed
 from ringfa3.transport.commons import Mark, Queue, flag_memory
 from ringfa3.transport.flags import Flags, Op
 from ringfa3.transport.meeting import Meeting
+from ringfa3.transport.streams import On, current
 
 WAIT_32, WRITE_32, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32, .._WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
 PORTABLE_MAPPED = 0x1 | 0x2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
@@ -35,6 +37,7 @@ NEEDED = (
     "cuStreamBatchMemOp_v2", "cuStreamGetCaptureInfo_v2", "cuMemHostRegister_v2", "cuMemHostGetDevicePointer_v2",
     "cuMemcpy2DAsync_v2",
 )  # fmt: skip
+HERE = nullcontext()
 UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: an address says by itself where it is
 
 
@@ -118,7 +121,9 @@ class CudaCommons:
         if len(set(indices)) < len(indices):
             # every rank sees its own GPU alone, as number 0 (Ray); that they differ is known from their UUIDs
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-        self.meeting, self.peers, self.device = meeting, peers, device
+        self.meeting, self.peers = meeting, peers
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", self.index)
         self._group: Any = group  # not the group itself: pools are kept until it goes
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # the driver's calls below want the device's context
@@ -130,7 +135,7 @@ class CudaCommons:
 
     def here(self) -> Queue:
         """See `Commons`."""
-        return CudaQueue(self, 0, torch.cuda.current_stream(self.device))
+        return CudaQueue(self, 0, current(self.index))
 
     def beside(self, number: int) -> Queue:
         """See `Commons`."""
@@ -179,6 +184,10 @@ class CudaCommons:
         self.flags.release()
         threading.Thread(target=_keep_free, args=(self.flags,), daemon=True, name="ringfa3 release").start()
 
+    def selected(self) -> AbstractContextManager[object]:
+        """Where the driver is called: with our device as the current one, which it is but for callers of others."""
+        return HERE if torch.cuda.current_device() == self.index else torch.cuda.device(self.index)
+
     def batch(self, ops: Sequence[Op]) -> ctypes.Array[MemOp]:
         """The driver's form of the operations; built once."""
         key = tuple(ops)
@@ -197,19 +206,20 @@ class CudaQueue:
 
     def __init__(self, commons: CudaCommons, number: int, stream: torch.cuda.Stream) -> None:
         self.number, self._commons, self.stream = number, commons, stream
+        self._handle = ctypes.c_void_p(stream.cuda_stream)
 
     def run(self, ops: Sequence[Op]) -> None:
         """See `Queue`."""
         if self._commons.failure is not None:
             raise self._commons.failure
         batch = self._commons.batch(ops)
-        with torch.cuda.device(self._commons.device):
-            status = driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(self.stream.cuda_stream), len(batch), batch, 0)
+        with self._commons.selected():
+            status = driver().cuStreamBatchMemOp_v2(self._handle, len(batch), batch, 0)
         check(status, "cuStreamBatchMemOp")
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """See `Queue`."""
-        with torch.cuda.stream(self.stream):
+        with On(self.stream, self._commons.index):
             for target, source in pairs:
                 if source.is_contiguous():
                     target.copy_(source, non_blocking=True)
@@ -217,8 +227,8 @@ class CudaQueue:
                     self._copy_rows(Copy2D.of(target, source))
 
     def _copy_rows(self, what: Copy2D) -> None:
-        with torch.cuda.device(self._commons.device):
-            status = driver().cuMemcpy2DAsync_v2(ctypes.byref(what), ctypes.c_void_p(self.stream.cuda_stream))
+        with self._commons.selected():
+            status = driver().cuMemcpy2DAsync_v2(ctypes.byref(what), self._handle)
         check(status, "cuMemcpy2DAsync")
 
     def mark(self) -> Mark:

@@ -11,7 +11,8 @@ One more word a rank and queue says on whom that queue waits, for people and for
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 CHANNELS = 4  # shards (two, for the hierarchy), gradients, gradients between holders
 QUEUES = 4  # of a rank: the caller's, and those beside it
@@ -19,8 +20,7 @@ STRIDE = 16  # words of 4 bytes from flag to flag: a cache line, so that ranks d
 EMPTY, FULL = 0, 1
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """Wait until a word has this value, or write it."""
 
     wait: bool
@@ -50,7 +50,7 @@ class Flags:
         """The word for this pair."""
         return STRIDE * ((channel * self.world + owner) * self.world + reader)
 
-    def emptied(self, queue: int, channel: int, readers: list[int], hop: int) -> list[Op]:
+    def emptied(self, queue: int, channel: int, readers: Sequence[int], hop: int) -> list[Op]:
         """Wait until the readers have read this rank's buffer."""
         words = [self.turn(channel, self.rank, reader) for reader in readers]
         return self._noted(queue, channel, self.rank, hop, [Op(True, word, EMPTY) for word in words])
@@ -59,7 +59,7 @@ class Flags:
         """Wait until the owner's buffer may be read."""
         return self._noted(queue, channel, owner, hop, [Op(True, self.turn(channel, owner, self.rank), FULL)])
 
-    def fill(self, channel: int, readers: list[int]) -> list[Op]:
+    def fill(self, channel: int, readers: Sequence[int]) -> list[Op]:
         """Say that the readers may read this rank's buffer."""
         return [Op(False, self.turn(channel, self.rank, reader), FULL) for reader in readers]
 

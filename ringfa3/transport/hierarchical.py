@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ringfa3.plan import Hop, Plan
 from ringfa3.transport.cargo import Cargo, Parcel, Tensors
 from ringfa3.transport.commons import Queue
-from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Wanted
+from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Trade, Wanted
 from ringfa3.transport.packing import Piece, add, room, zeros
 from ringfa3.transport.place import apart, hosts_of
-from ringfa3.transport.pool import SHARD, SPARE, Pool, view
+from ringfa3.transport.pool import SHARD, SPARE, Pool
 from ringfa3.transport.route import hull, length
 from ringfa3.transport.transport import KV, Shard
 from ringfa3.transport.wire import Flight, Message, Wire
@@ -119,7 +120,8 @@ class HierarchicalHoming:
         pool = self.hierarchy.pool
         queue = pool.begin()
         tour = Tour(self.hierarchy, queue, Cargo.of(kv), plan)
-        outbox = Outbox(pool, queue, kv, tour.shares(), depth=self.hierarchy.depth, world=plan.world)
+        trade = Trade.of(tour.shares(), pool.rank)
+        outbox = Outbox(pool, queue, kv, trade, depth=self.hierarchy.depth, world=plan.world)
         first = True
         try:
             for outer in range(tour.H):
@@ -191,10 +193,11 @@ class Tour:
         self.H, self.L = len(self.hosts), len(self.hosts[0])
         self.h = next(h for h, members in enumerate(self.hosts) if plan.rank in members)
         self.l = self.hosts[self.h].index(plan.rank)
+        self._spans = _spans.setdefault(plan, {}).setdefault(tuple(map(tuple, self.hosts)), {})
         spans = [self.span(rank, outer) for rank in range(plan.world) for outer in range(self.H)]
         size = max(map(cargo.size, spans)) * cargo.dtype.itemsize
-        # one size for both: which outer steps are the largest is nothing to rely on
-        self._buffers = [self.pool.buffers(channel, size) if size else () for channel in BUFFERS[: self.H]]
+        for channel in BUFFERS[: self.H] if size else ():
+            self.pool.buffers(channel, size)  # one size for both: nothing says which outer steps are the largest
         self._flight: Flight | None = None
         self._arrivals: Arrivals | None = None
         self._held: Parcel | None = None  # the shard of this outer step
@@ -209,9 +212,12 @@ class Tour:
 
     def span(self, rank: int, outer: int) -> slice | None:
         """What of a rank's shard reaches the host this many steps on: what is needed there and further on."""
-        home = next(h for h, members in enumerate(self.hosts) if rank in members)
-        hosts = [self.hosts[(home + step) % self.H] for step in range(outer, self.H)]
-        return hull(self.plan.needs[reader][rank] for members in hosts for reader in members if reader != rank)
+        if (rank, outer) not in self._spans:
+            home = next(h for h, members in enumerate(self.hosts) if rank in members)
+            hosts = [self.hosts[(home + step) % self.H] for step in range(outer, self.H)]
+            needs = (self.plan.needs[reader][rank] for members in hosts for reader in members if reader != rank)
+            self._spans[rank, outer] = hull(needs)
+        return self._spans[rank, outer]
 
     def collected(self, outer: int) -> slice | None:
         """What of our shard the host this many steps on needs, and so has a gradient for."""
@@ -239,7 +245,7 @@ class Tour:
             self._flight.land()
         elif self._held is not None:
             self.pool.vacate(self.queue, channel, 0)
-            self.cargo.pack(self._held.keys, self._held.data)
+            self.cargo.pack_into(self._held)
         if self._held is not None:
             self.pool.offer(self.queue, channel, self._readers(owner))
         self._flight = self._pass_on(outer)
@@ -293,9 +299,7 @@ class Tour:
     def _room(self, holder: int, owner: int, outer: int) -> Parcel | None:
         """Where a rank of this host holds that shard at this outer step."""
         keys = self.span(owner, outer)
-        if keys is None:
-            return None
-        return self.cargo.room(keys, view(self._buffers[outer % 2][holder], (self.cargo.size(keys),), self.cargo.dtype))
+        return None if keys is None else self.pool.parcel(BUFFERS[outer % 2], holder, self.cargo, keys)
 
     def _readers(self, owner: int) -> list[int]:
         """Which neighbours need this shard."""
@@ -304,6 +308,12 @@ class Tour:
         return [
             l for l, rank in neighbours if l != self.l and (keys := needs[rank][owner]) is not None and length(keys)
         ]
+
+
+# of a plan and hosts, what `Tour.span` found; kept as long as the plan
+_spans: WeakKeyDictionary[Plan, dict[tuple[tuple[int, ...], ...], dict[tuple[int, int], slice | None]]] = (
+    WeakKeyDictionary()
+)
 
 
 def by_host(hosts: Sequence[int], called: str = "hierarchical") -> list[list[int]]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from ringfa3.transport.cargo import Cargo, Parcel
 from ringfa3.transport.commons import Mark, Queue
-from ringfa3.transport.packing import Piece, room, shape
-from ringfa3.transport.pool import GRADIENT, Pool, pieces, view
+from ringfa3.transport.packing import Piece, dtype_of, room, shape
+from ringfa3.transport.pool import GRADIENT, Pool, pieces
+from ringfa3.transport.route import length
 from ringfa3.transport.transport import KV
 
 ALIGN = 256  # bytes: slots begin where any kernel's vector loads are aligned
@@ -49,12 +51,12 @@ class Arrivals:
 
     def __init__(self, pool: Pool, queue: Queue, cargo: Cargo, wanted: Sequence[Wanted], depth: int) -> None:
         self.pool, self.queue, self._cargo, self._wanted = pool, queue, cargo, wanted
-        sizes = [max((cargo.size(w.keys) for w in wanted[slot::depth]), default=0) for slot in range(depth)]
-        self._slots = [torch.empty(size, dtype=cargo.dtype, device=cargo.device) for size in sizes] if wanted else []
+        sizes = [max([cargo.size(w.keys) for w in wanted[slot::depth]]) for slot in range(min(depth, len(wanted)))]
+        self._slots = [torch.empty(size, dtype=cargo.dtype, device=cargo.device) for size in sizes]
         self._coming: deque[tuple[Parcel, Mark]] = deque()
         self._begun = 0
         self.beside = pool.beside(1, queue)
-        for _ in range(depth):
+        for _ in self._slots:
             self._fetch()
 
     def take(self) -> Parcel:
@@ -88,32 +90,56 @@ class Share:
     keys: slice
 
 
+@dataclass(frozen=True, eq=False)
+class Trade:
+    """The shares that ranks of one host compute for each other in a pass, as one of them sees it.
+
+    Args:
+        mine: what it computes for others, in that order.
+        coming: by step, who computes something for it then, the how manieth of theirs that is, and what.
+        longest: keys in the longest share of all.
+    """
+
+    mine: tuple[Share, ...]
+    coming: dict[int, tuple[int, int, Share]]
+    longest: int
+
+    @classmethod
+    def of(cls, shares: Sequence[Sequence[Share]], rank: int) -> Trade:
+        """For this rank, of all ranks' shares."""
+        numbered = [(other, index, share) for other, each in enumerate(shares) for index, share in enumerate(each)]
+        return cls(
+            tuple(shares[rank]),
+            {share.step: (other, index, share) for other, index, share in numbered if share.collector == rank},
+            max((length(share.keys) for _, _, share in numbered), default=0),
+        )
+
+
 class Outbox:
     """Shares of gradients on their way to those who collect them, and those that come to us.
 
     Args:
         kv: k and v of a shard: what gradients look like.
-        shares: of every rank, what it computes for others, in that order.
+        trade: whose shares go where.
         depth: shares of ours that may lie here, not yet collected, beside the one being computed: one less than this.
         world: ranks of the group, as `packing.room` takes it.
     """
 
-    def __init__(
-        self, pool: Pool, queue: Queue, kv: KV, shares: Sequence[Sequence[Share]], *, depth: int, world: int
-    ) -> None:
+    def __init__(self, pool: Pool, queue: Queue, kv: KV, trade: Trade, *, depth: int, world: int) -> None:
         self.pool, self.queue, self.kv, self.depth, self.world = pool, queue, kv, depth, world
         self.beside = pool.beside(2, queue)
-        self._shares = shares
-        self._dtype = room(kv, slice(0, 0), gradient=world).data.dtype
-        largest = max((size_of(kv, share.keys, self._dtype) for each in shares for share in each), default=0)
+        self._trade = trade
+        self._dtype = dtype_of(kv, gradient=world)
+        largest = prod(shape(kv, slice(0, trade.longest))) * self._dtype.itemsize
         self._size = -(-largest // ALIGN) * ALIGN
-        self._buffers = pool.buffers(GRADIENT, depth * self._size) if largest else ()
+        if largest:
+            pool.buffers(GRADIENT, depth * self._size)
         self._sent = 0
         self._coming: tuple[Piece, Mark] | None = None
 
     def slot(self) -> Piece:
         """Where our next share is to be computed."""
-        index, shares = self._sent, self._shares[self.pool.rank]
+        index, shares = self._sent, self._trade.mine
         share = shares[index]
         if index == 0:
             self.pool.vacate(self.queue, GRADIENT, share.step)  # of the last call's
@@ -122,24 +148,23 @@ class Outbox:
             if index >= self.depth:
                 awaited.add(shares[index - self.depth].collector)
             self.pool.vacate(self.queue, GRADIENT, share.step, sorted(awaited))
-        return self._piece(self.pool.rank, index)
+        return self._piece(self.pool.rank, index, share.keys)
 
     def send(self) -> None:
         """Our share in the slot has been computed."""
-        self.pool.offer(self.queue, GRADIENT, [self._shares[self.pool.rank][self._sent].collector])
+        self.pool.offer(self.queue, GRADIENT, [self._trade.mine[self._sent].collector])
         self._sent += 1
 
     def fetch(self, step: int) -> None:
         """Begin to fetch what another rank computed for us in this step, if one did. At most one a step does."""
-        for rank, shares in enumerate(self._shares):
-            for index, share in enumerate(shares):
-                if (share.step, share.collector) != (step, self.pool.rank):
-                    continue
-                piece = room(self.kv, share.keys, gradient=self.world)
-                self.beside.follow(self.queue.mark())  # the piece's memory may have been another's until here
-                pairs = pieces(piece.data, self._piece(rank, index).data)
-                self.pool.fetch(self.beside, GRADIENT, rank, step, pairs)
-                self._coming = piece, self.beside.mark()
+        if step not in self._trade.coming:
+            return
+        rank, index, share = self._trade.coming[step]
+        piece = room(self.kv, share.keys, gradient=self.world)
+        self.beside.follow(self.queue.mark())  # the piece's memory may have been another's until here
+        pairs = pieces(piece.data, self._piece(rank, index, share.keys).data)
+        self.pool.fetch(self.beside, GRADIENT, rank, step, pairs)
+        self._coming = piece, self.beside.mark()
 
     def take(self) -> Piece | None:
         """The share that was begun to fetch last; None where there is none."""
@@ -149,13 +174,7 @@ class Outbox:
         self.queue.follow(arrived)
         return piece
 
-    def _piece(self, rank: int, index: int) -> Piece:
-        """In a rank's outbox, its index-th share."""
-        keys = self._shares[rank][index].keys
+    def _piece(self, rank: int, index: int, keys: slice) -> Piece:
+        """In a rank's outbox, its index-th share, which has these keys."""
         offset = index % self.depth * self._size
-        return Piece(keys, view(self._buffers[rank], shape(self.kv, keys), self._dtype, offset=offset))
-
-
-def size_of(kv: KV, keys: slice | None, dtype: torch.dtype) -> int:
-    """Bytes of a piece of a shard like kv."""
-    return 0 if keys is None else torch.Size(shape(kv, keys)).numel() * dtype.itemsize
+        return Piece(keys, self.pool.slot(GRADIENT, rank, shape(self.kv, keys), self._dtype, offset=offset))

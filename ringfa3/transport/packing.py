@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringfa3.transport.route import hull, inside, length
+from ringfa3.transport.route import hull, length
 from ringfa3.transport.transport import KV
 
 
@@ -20,8 +20,14 @@ class Piece:
 
     def read(self, keys: slice) -> KV:
         """Views of the slice `keys` of the shard, which this piece holds."""
-        dk, dv = self.data[:, :, inside(keys, self.keys)]
+        dk, dv = self.part(keys).unbind(0)
         return dk, dv
+
+    def part(self, keys: slice) -> Tensor:
+        """The data of the slice `keys` of the shard, which this piece holds; a view."""
+        if keys == self.keys:
+            return self.data
+        return self.data.narrow(2, keys.start - self.keys.start, length(keys))
 
 
 def shape(kv: KV, keys: slice) -> tuple[int, ...]:
@@ -36,10 +42,15 @@ def room(kv: KV, keys: slice, *, gradient: int) -> Piece:
     Args:
         gradient: ranks that add to it: fp32 (fp64 for fp64 inputs) unless there is one.
     """
+    return Piece(keys, torch.empty(shape(kv, keys), dtype=dtype_of(kv, gradient=gradient), device=kv[0].device))
+
+
+def dtype_of(kv: KV, *, gradient: int) -> torch.dtype:
+    """Of the data of a piece; see `room`."""
     dtype = kv[0].dtype
-    if gradient > 1:
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return Piece(keys, torch.empty(shape(kv, keys), dtype=dtype, device=kv[0].device))
+    if gradient <= 1:
+        return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def zeros(kv: KV, keys: slice, *, gradient: int) -> Piece:
@@ -53,6 +64,8 @@ def add(a: Piece | None, b: Piece | None) -> Piece | None:
     """Sum of two slices of one shard's gradient, over the hull of both; may reuse the memory of either."""
     if a is None or b is None:
         return a or b
+    if a.keys == b.keys:
+        return _add_(b, a)
     keys = hull([a.keys, b.keys])
     assert keys is not None
     if keys == b.keys:
@@ -65,5 +78,5 @@ def add(a: Piece | None, b: Piece | None) -> Piece | None:
 
 def _add_(total: Piece, part: Piece) -> Piece:
     """Add a slice of a gradient to the piece that holds it, in place."""
-    total.data[:, :, inside(part.keys, total.keys)] += part.data
+    total.part(part.keys).add_(part.data)  # +=, on a slice, would then copy the sum to where it is
     return total

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringfa3.errors import RankFailed
+from ringfa3.transport.cargo import Cargo, Form, Parcel
 from ringfa3.transport.commons import Commons, Mark, Queue
 from ringfa3.transport.flags import CHANNELS
 from ringfa3.transport.tally import Tally
@@ -19,6 +20,7 @@ from ringfa3.transport.tally import Tally
 SHARD, SPARE, GRADIENT, SUM = range(CHANNELS)  # SPARE: the hierarchy's second shard; SUM: not a buffer of its own
 GRAIN = 2 << 20  # bytes; physical GPU memory is mapped in such pages
 ROWS = 8  # contiguous copies that are preferred to one of rows
+VIEWS = 1024  # that are kept of buffers: packed training has others in every step
 GROWTH = 8  # a buffer that grows does so by an eighth at least: lengths that creep up must not make one each
 
 
@@ -35,6 +37,8 @@ class Pool:
         self.tally = Tally()
         self.rank, self.world = commons.flags.rank, commons.flags.world
         self._buffers: dict[int, tuple[Tensor, ...]] = {}
+        self._parcels: dict[tuple[int, int, Form, int, int], Parcel] = {}  # views of the buffers
+        self._slots: dict[tuple[int, int, tuple[int, ...], torch.dtype, int], Tensor] = {}  # views of the buffers
         self._graphed: set[int] = set()  # channels whose buffers a CUDA graph holds on to
         self._kept: list[tuple[Tensor, ...]] = []  # grown out of, but in a graph
         self._last: dict[int, Mark] = {}  # the end of the last call, by capture
@@ -83,11 +87,36 @@ class Pool:
             if held is not None and channel in self._graphed:
                 self._kept.append(held)
             self._buffers.pop(channel, None)
+            self._parcels.clear()
+            self._slots.clear()
             held = None  # first let go, then take: both may not fit
             held = self._buffers[channel] = self.commons.share(-(-grown // GRAIN) * GRAIN)
         if capturing:
             self._graphed.add(channel)
         return held
+
+    def parcel(self, channel: int, member: int, cargo: Cargo, keys: slice) -> Parcel:
+        """The message with these keys of a shard like the cargo that lies at the front of a member's buffer."""
+        key = channel, member, cargo.form, keys.start, keys.stop
+        found = self._parcels.get(key)
+        if found is None:
+            if len(self._parcels) >= VIEWS:
+                self._parcels.clear()
+            with torch.inference_mode(False):  # else calls outside of it could not write there
+                buffer = self._buffers[channel][member]
+                found = self._parcels[key] = cargo.room(keys, view(buffer, (cargo.size(keys),), cargo.dtype))
+        return found
+
+    def slot(self, channel: int, member: int, size: tuple[int, ...], dtype: torch.dtype, *, offset: int) -> Tensor:
+        """A tensor in a member's buffer, from this byte on."""
+        key = channel, member, size, dtype, offset
+        found = self._slots.get(key)
+        if found is None:
+            if len(self._slots) >= VIEWS:
+                self._slots.clear()
+            with torch.inference_mode(False):  # as above
+                found = self._slots[key] = view(self._buffers[channel][member], size, dtype, offset=offset)
+        return found
 
     def vacate(self, queue: Queue, channel: int, hop: int, readers: Sequence[int] | None = None) -> None:
         """What the queue does next comes after these readers (all, where None) have read our buffer."""
@@ -98,7 +127,7 @@ class Pool:
     def offer(self, queue: Queue, channel: int, readers: Sequence[int]) -> None:
         """These readers may read our buffer, once the queue is here. Each of them must fetch."""
         if readers:
-            queue.run(self.commons.flags.fill(channel, list(readers)))
+            queue.run(self.commons.flags.fill(channel, readers))
 
     def fetch(self, queue: Queue, channel: int, owner: int, hop: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Copy from the owner's buffer, once it has offered it to us, pairs as `Queue.copy` takes them."""

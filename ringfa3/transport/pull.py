@@ -15,13 +15,15 @@ step first what others wait for, then what waits for others: no cycle, even if a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from ringfa3.plan import Hop, Plan
 from ringfa3.transport.cargo import Cargo, Tensors
 from ringfa3.transport.commons import Queue
-from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Wanted
+from ringfa3.transport.neighbours import Arrivals, Outbox, Share, Trade, Wanted
 from ringfa3.transport.packing import Piece, add, room, zeros
-from ringfa3.transport.pool import SHARD, Pool, view
+from ringfa3.transport.pool import SHARD, Pool
 from ringfa3.transport.route import hull, length
 from ringfa3.transport.transport import KV, Shard
 
@@ -59,22 +61,21 @@ class Pull:
 
     def stage(self, queue: Queue, cargo: Cargo, plan: Plan, steps: Sequence[int]) -> Arrivals:
         """Offer our shard to those who need it, and begin to fetch what we need, in the order of these steps."""
-        pool, rank, world = self.pool, plan.rank, plan.world
-        offered = [hull(_needed(plan, reader, owner) for reader in range(world)) for owner in range(world)]
-        size = max(map(cargo.size, offered)) * cargo.dtype.itemsize
-        buffers = pool.buffers(SHARD, size) if size else ()
-        keys = offered[rank]
+        pool, rank, routes = self.pool, plan.rank, Routes.of(plan)
+        size = max(map(cargo.size, routes.offered)) * cargo.dtype.itemsize
+        if size:
+            pool.buffers(SHARD, size)
+        keys = routes.offered[rank]
         if keys is not None:
             pool.vacate(queue, SHARD, 0)
-            cargo.pack(keys, view(buffers[rank], (cargo.size(keys),), cargo.dtype))
-            pool.offer(queue, SHARD, [reader for reader in range(world) if _needed(plan, reader, rank) is not None])
+            cargo.pack_into(pool.parcel(SHARD, rank, cargo, keys))
+            pool.offer(queue, SHARD, routes.readers)
         wanted = []
         for step in steps:
-            owner = (rank - step) % world
-            needed, whole = _needed(plan, rank, owner), offered[owner]
+            owner = (rank - step) % plan.world
+            needed, whole = routes.wanted[owner], routes.offered[owner]
             if needed is not None and whole is not None:
-                there = cargo.room(whole, view(buffers[owner], (cargo.size(whole),), cargo.dtype))
-                wanted.append(Wanted(SHARD, owner, step, needed, there))
+                wanted.append(Wanted(SHARD, owner, step, needed, pool.parcel(SHARD, owner, cargo, whole)))
         return Arrivals(pool, queue, cargo, wanted, self.depth)
 
 
@@ -93,7 +94,7 @@ class PullHoming:
         queue = pool.begin()
         cargo = Cargo.of(kv)
         arrivals = self.pull.stage(queue, cargo, plan, steps)
-        outbox = Outbox(pool, queue, kv, _shares(plan), depth=self.pull.depth, world=world)
+        outbox = Outbox(pool, queue, kv, Routes.of(plan).trade, depth=self.pull.depth, world=world)
         first = True
         try:
             for step in steps:
@@ -127,6 +128,40 @@ class PullHoming:
             self._total = add(zeros(self.kv, keys, gradient=self.plan.world), self._total)
         assert self._total is not None
         return self._total.read(keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Who fetches what from whom under a plan; worked out once, and kept as long as the plan.
+
+    Args:
+        offered: of every rank's shard, what others need; None where nothing.
+        wanted: of every other rank's shard, what this rank needs.
+        readers: who needs something of this rank's.
+        trade: what ranks compute for the owners of the others' shards.
+    """
+
+    offered: tuple[slice | None, ...]
+    wanted: tuple[slice | None, ...]
+    readers: tuple[int, ...]
+    trade: Trade
+
+    @classmethod
+    def of(cls, plan: Plan) -> Routes:
+        """Those of this plan."""
+        found = _known.get(plan)
+        if found is None:
+            ranks = range(plan.world)
+            found = _known[plan] = cls(
+                tuple(hull(_needed(plan, reader, owner) for reader in ranks) for owner in ranks),
+                tuple(_needed(plan, plan.rank, owner) for owner in ranks),
+                tuple(reader for reader in ranks if _needed(plan, reader, plan.rank) is not None),
+                Trade.of(_shares(plan), plan.rank),
+            )
+        return found
+
+
+_known: WeakKeyDictionary[Plan, Routes] = WeakKeyDictionary()
 
 
 def _shares(plan: Plan) -> list[list[Share]]:

@@ -12,13 +12,15 @@ round, so rounds complete in order and nothing can deadlock, whatever the world'
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ringfa3.plan import Hop, Plan
 from ringfa3.transport.cargo import Cargo, Parcel, Tensors
 from ringfa3.transport.packing import Piece, add, room, zeros
-from ringfa3.transport.route import inbound, last, outbound
+from ringfa3.transport.route import Needs, inbound, last, outbound
 from ringfa3.transport.transport import KV, Shard
 from ringfa3.transport.wire import Message, Wire
 
@@ -42,9 +44,9 @@ class Ring:
     def rotate(self, shard: Shard, plan: Plan) -> Iterator[tuple[Hop, Tensors]]:
         """See `Transport.rotate`."""
         hops = {hop.source: hop for hop in plan.hops}
-        cargo, leg = Cargo.of(shard), _Leg(plan)
-        arriving = [leg.arrives(step) for step in range(1, plan.world + 1)]
-        slots = self._slots(cargo, [leg.leaves(0), *arriving])
+        cargo, leg = Cargo.of(shard), _Leg.of(plan)
+        arriving = leg.arrives[1 : plan.world + 1]
+        slots = self._slots(cargo, [leg.leaves[0], *arriving])
         held = leg.own(cargo, slots[0])
         free = [self.wire.mark()] * self.buffers  # of each slot, when its last reader is done
         try:
@@ -74,7 +76,7 @@ class RingHoming:
     """See `Homing`. Buffers come from the compute stream's allocator, and every round starts after it: see `Wire`."""
 
     def __init__(self, wire: Wire, kv: KV, plan: Plan) -> None:
-        self.wire, self.kv, self.plan, self._leg = wire, kv, plan, _Leg(plan)
+        self.wire, self.kv, self.plan, self._leg = wire, kv, plan, _Leg.of(plan)
         self._sum: Piece | None = None  # of the previous step's shard, without its owner's share: to be sent on
         self._own: list[Piece] = []  # this rank's and the others' shares of its own shard's gradient
 
@@ -85,7 +87,7 @@ class RingHoming:
         first = True
         try:
             for step in range(self.plan.world + (self.plan.world > 1)):
-                keys = self._leg.arrives(step + 1)
+                keys = self._leg.arrives[step + 1]
                 coming = None if keys is None else cargo.room(keys)
                 messages = self._leg.pass_on(self.wire, step, held, coming)
                 arriving = self._gradients(messages, step)
@@ -119,9 +121,9 @@ class RingHoming:
     def _summed(self, share: Piece | None, arriving: Piece | None, step: int) -> Piece | None:
         """What goes on after this step: as wide as the next rank expects, which knows needs but not our hops."""
         source = self._leg.source(step)
-        if step >= self.plan.world or step > last(self.plan.needs, source):
+        if step >= self.plan.world or step > self._leg.last[source]:
             return None
-        keys = inbound(self.plan.needs, source, step)
+        keys = self._leg.summed(source, step)
         total = add(share, arriving)
         if keys is not None and (total is None or total.keys != keys):
             total = add(zeros(self.kv, keys, gradient=self.plan.world), total)
@@ -129,60 +131,92 @@ class RingHoming:
 
     def _gradients(self, messages: list[Message], step: int) -> Piece | None:
         """Add this round's messages with gradients; returns what will arrive for the shard of this step."""
-        plan, rank, world = self.plan, self.plan.rank, self.plan.world
+        leg, rank, world = self._leg, self.plan.rank, self.plan.world
         if self._sum is not None:  # finished in the step before
-            owner = self._leg.source(step - 1)
-            home = step - 1 == last(plan.needs, owner)
+            owner = leg.source(step - 1)
+            home = step - 1 == leg.last[owner]
             messages.append(Message(owner if home else (rank + 1) % world, self._sum.data, send=True, kind=GRADIENT))
         arriving = None
         if 0 < step < world:
-            source = self._leg.source(step)
-            keys = inbound(plan.needs, source, step - 1)
-            if keys is not None and step - 1 < last(plan.needs, source):
+            source = leg.source(step)
+            keys = leg.summed(source, step - 1)
+            if keys is not None and step - 1 < leg.last[source]:
                 arriving = room(self.kv, keys, gradient=world)
                 messages.append(Message((rank - 1) % world, arriving.data, send=False, kind=GRADIENT))
-        if step > 1 and step - 1 == last(plan.needs, rank):
-            keys = inbound(plan.needs, rank, step - 1)
+        if step > 1 and step - 1 == leg.last[rank]:
+            keys = leg.summed(rank, step - 1)
             assert keys is not None
             self._own.append(room(self.kv, keys, gradient=world))
             messages.append(Message((rank + step - 1) % world, self._own[-1].data, send=False, kind=GRADIENT))
         return arriving
 
 
+@dataclass(frozen=True, eq=False)
 class _Leg:
-    """Which slices rank plan.rank passes on, step by step."""
+    """Which slices a rank passes on, step by step; worked out once a plan, and kept as long as it.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    Args:
+        arrives: what came of the shard that is here, at steps 0 .. world + 1, the last two of which have none.
+        leaves: what of it the next rank gets.
+        last: by source; see `route.last`.
+    """
+
+    needs: Needs
+    rank: int
+    world: int
+    arrives: tuple[slice | None, ...]
+    leaves: tuple[slice | None, ...]
+    last: tuple[int, ...]
+    _sums: dict[tuple[int, int], slice | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Leg:
+        """That of this plan's rank."""
+        found = _legs.get(plan)
+        if found is None:
+            needs, rank, world = plan.needs, plan.rank, plan.world
+            steps = [((rank - step) % world, step) for step in range(world + 2)]
+            found = _legs[plan] = cls(
+                needs,
+                rank,
+                world,
+                tuple(outbound(needs, source, step) for source, step in steps),
+                tuple(outbound(needs, source, step + 1) for source, step in steps),
+                tuple(last(needs, source) for source in range(world)),
+            )
+        return found
 
     def source(self, step: int) -> int:
         """Whose shard is here at this step."""
-        return (self.plan.rank - step) % self.plan.world
+        return (self.rank - step) % self.world
 
-    def arrives(self, step: int) -> slice | None:
-        """What of it came."""
-        return outbound(self.plan.needs, self.source(step), step)
-
-    def leaves(self, step: int) -> slice | None:
-        """What of it the next rank gets."""
-        return outbound(self.plan.needs, self.source(step), step + 1)
+    def summed(self, source: int, step: int) -> slice | None:
+        """Of the gradient of a shard, what has a sum when so many steps are done; see `route.inbound`."""
+        if (source, step) not in self._sums:
+            self._sums[source, step] = inbound(self.needs, source, step)
+        return self._sums[source, step]
 
     def own(self, cargo: Cargo, out: torch.Tensor | None = None) -> Parcel | None:
         """What the others need of this rank's shard, packed."""
-        keys = self.leaves(0)
+        keys = self.leaves[0]
         return None if keys is None else cargo.pack(keys, out)
 
     def pass_on(self, wire: Wire, step: int, held: Parcel | None, coming: Parcel | None) -> list[Message]:
         """The messages with shards of one round."""
         messages = []
-        keys = self.leaves(step)
+        keys = self.leaves[step]
         if keys is not None:
             assert held is not None  # whoever gets a shard after us gets it from us
-            with wire.beside():  # a narrower slice is copied on the messages' stream
-                messages.append(Message((self.plan.rank + 1) % self.plan.world, held.cut(keys).data, send=True))
+            if keys != held.keys:
+                with wire.beside():  # a narrower slice is copied on the messages' stream
+                    held = held.cut(keys)
+            messages.append(Message((self.rank + 1) % self.world, held.data, send=True))
         if coming is not None:
-            messages.append(Message((self.plan.rank - 1) % self.plan.world, coming.data, send=False))
+            messages.append(Message((self.rank - 1) % self.world, coming.data, send=False))
         return messages
+
+
+_legs: WeakKeyDictionary[Plan, _Leg] = WeakKeyDictionary()
 
 
 def _read(hop: Hop, cargo: Cargo, held: Parcel | None, *, own: bool) -> Tensors:

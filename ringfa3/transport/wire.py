@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringfa3.errors import RankFailed
+from ringfa3.transport.streams import On, current
 from ringfa3.transport.tally import Tally
 
 TAG = 0x7269  # keeps our messages apart from those that a caller exchanges on the same gloo group
@@ -85,7 +86,9 @@ class Wire:
         self._posting, self._asking = threading.Lock(), threading.Lock()
         self.released = False  # everything was ended, nothing more is sent
         self.patience = math.inf  # seconds after which torch would end this process; gloo raises an error instead
+        self._index = -1  # of the device, where there is a stream
         if device.type == "cuda" and group is not None and dist.get_world_size(self.group) > 1:
+            self._index = torch.cuda.current_device() if device.index is None else device.index
             self._stream = torch.cuda.Stream(device, priority=-1)
             # with all ranks present: NCCL must not make its communicator for a batch that some of them sit out
             dist.all_reduce(torch.zeros(1, device=device), group=self.group)
@@ -102,7 +105,11 @@ class Wire:
 
     def mark(self) -> torch.cuda.Event | None:
         """An event after everything that the compute stream was given so far; None where work is not queued."""
-        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
+        return None if self._stream is None else self.compute().record_event()
+
+    def compute(self) -> torch.cuda.Stream:
+        """The compute stream, on CUDA."""
+        return current(self._index)
 
     def post(self, messages: Sequence[Message], hop: int, after: torch.cuda.Event | None = None) -> Flight:
         """Start the messages, once `after` has happened, and return without waiting.
@@ -121,7 +128,7 @@ class Wire:
             return flight
         first = next((m for m in messages if not m.send), messages[0])  # what comes is missed, what goes is not
         awaited = Awaited(first.peer, hop, self.rounds)
-        with torch.cuda.stream(self._stream):
+        with On(self._stream, self._index):
             if after is not None:
                 self._stream.wait_event(after)
             ops = [
@@ -207,12 +214,12 @@ class Wire:
 
     def beside(self) -> contextlib.AbstractContextManager[object]:
         """Where tensors that only messages touch are made: on the messages' stream."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return contextlib.nullcontext() if self._stream is None else On(self._stream, self._index)
 
     def settle(self) -> None:
         """Make the compute stream wait for everything posted, so that buffers can be let go."""
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self.compute().wait_stream(self._stream)
 
     def failed(self, peer: int, hop: int, error: RuntimeError) -> RankFailed:
         """The error to raise for a message to or from this rank of the group that was not delivered."""
@@ -250,7 +257,7 @@ class Flight:
             RankFailed: a peer died, or took longer than the process group's timeout.
         """
         if self.arrived is not None:
-            torch.cuda.current_stream(self.wire.device).wait_event(self.arrived)
+            self.wire.compute().wait_event(self.arrived)
         for peer, work in self.works:
             self.wire.blocked = Awaited(peer, self.hop, self.round)
             try:

@@ -13,7 +13,7 @@ from torch.library import opcheck
 import ringfa3
 from ringfa3 import Mask, ring_attention
 from ringfa3.flash_attn import flash_attn_func, flash_attn_varlen_func
-from tests.ring.test_compile import ASKED, OPS, gradients
+from tests.ring.test_compile import ASKED, OPS, count_plans, gradients
 
 DEVICE = "cuda"
 ROWS = 512
@@ -63,6 +63,23 @@ def check(f: Callable[..., Any], inputs: list[Tensor], **options: Any) -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor(f: Callable[..., Any], mode: str) -> None:
     check(f, qkv(), mode=mode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_equal_calls_build_one_plan(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = count_plans(monkeypatch)
+    spelled = "cuda", f"cuda:{torch.cuda.current_device()}"
+    plans = [ringfa3.plan(Mask(window=(300, 0)), "zigzag", ROWS, device=device) for device in spelled]
+    f = torch.compile(ring, fullgraph=True) if way == "compiled" else ring
+    tables = []
+    for _ in range(3):
+        gradients(f, *qkv())
+        tables.append({**plans[0].hops[0].visible._tiles})
+    assert plans[0] is plans[1]
+    assert len(built) == 1  # the calls', which know their tensors' device, too
+    assert tables[0]
+    assert all(before is after for before, after in zip(tables[0].values(), tables[-1].values(), strict=True))
 
 
 @pytest.mark.gpu

@@ -368,6 +368,33 @@ def test_a_failed_pass_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(runner.decode([0], [[5]]), wanted)
 
 
+class Alarmed:
+    """The agreement of a rank that has not yet heard what another one has already told."""
+
+    others, failure = (), None
+
+    def agree(self, *_: Any) -> None:
+        pass
+
+    def heard(self) -> RankFailed:
+        return RankFailed(1, "there", None, "no room on this rank")
+
+    def abandon(self, error: BaseException) -> RankFailed | None:
+        return error if isinstance(error, RankFailed) else None
+
+
+def test_connections_may_end_before_the_alarm_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = small_runner()
+
+    def breaks_off(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(runner._model._model.model.layers[1], "forward", breaks_off)
+    runner._agreement = Alarmed()  # type: ignore[assignment]
+    with pytest.raises(RankFailed, match="no room on this rank"):
+        runner.decode([0], [[4]])
+
+
 def differ(rank: int, size: int) -> list[str]:
     """What ranks hear that were not given the same; afterwards they go on."""
     runner = small_runner()

@@ -96,6 +96,19 @@ def test_the_pieces_add_up_to_the_text(maker, data):
     assert not any(part.endswith(BROKEN) for part in parts[:-1]) or len(tokens) > PATIENCE
 
 
+@TOKENIZERS
+@given(data=st.data())
+@settings(max_examples=60)
+def test_what_answers_share_changes_none_of_them(maker, data):
+    tokenizer, known = maker(), {}
+    for _ in range(3):
+        tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=20))
+        transcript = Transcript(tokenizer, prompt=tokens[:2], known=known)
+        parts = [*(transcript.push(token) for token in tokens), transcript.end()]
+        assert parts == emitted(tokenizer, tokens, tokens[:2])
+    assert all(read(tokenizer, [token]) == text for token, text in known.items())
+
+
 @given(text=st.text(max_size=60), before=st.text(max_size=20))
 @settings(max_examples=200)
 @example(text="🙂🙂🙂🙂🙂🙂", before="日")

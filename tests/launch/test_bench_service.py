@@ -14,10 +14,11 @@ import pytest
 import torch
 import transformers
 
+from ringfa3.inference.text import Transcript
 from ringfa3_launch.bench import service, service_report
 from ringfa3_launch.bench.inference_case import Sizes
 from ringfa3_launch.bench.service_case import Level, Overhead, Pair, Played, Program, Service
-from ringfa3_launch.bench.service_judge import judge, leaves_at_tie
+from ringfa3_launch.bench.service_judge import chosen, judge
 from ringfa3_launch.bench.service_load import Answer, clients
 from ringfa3_launch.bench.service_model import prompts_from, write_random
 from ringfa3_launch.bench.service_play import play, serving
@@ -75,15 +76,21 @@ def test_the_whole_run(tmp_path: Path) -> None:
 
 
 class Confused(ToyGang):
-    """Mistakes a token for another as soon as it answers several at once."""
+    """Mistakes a token for another, or its text, as soon as it answers several at once."""
+
+    mistake: dict[str, Any]
 
     def _event(self, request: Running) -> Event:
         event = super()._event(request)
-        return replace(event, text="?") if self.running > 1 and event.completion_tokens == 4 else event
+        wrong = self.running > 1 and event.completion_tokens == 4
+        return replace(event, **self.mistake) if wrong else event
 
 
-def test_answers_that_are_not_the_lone_one_are_wrong() -> None:
-    results = played(Confused(step=0.002), long=None)
+@pytest.mark.parametrize("mistake", [{"text": "?"}, {"token": 63}], ids=str)
+def test_answers_that_are_not_the_lone_one_are_wrong(mistake: dict[str, Any]) -> None:
+    gang = Confused(step=0.002)
+    gang.mistake = mistake
+    results = played(gang, long=None)
     one, six = results.played.levels
     assert (one.wrong, one.equal) == (0, 5)
     assert six.wrong > 0
@@ -167,43 +174,47 @@ def test_a_running_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--url: wanted a service" in capsys.readouterr().err
 
 
-class Words:
-    """A tokenizer whose token is a letter."""
-
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        return "".join(chr(97 + i) for i in ids)
-
-
 def test_the_judge_can_say_no() -> None:
     exact = torch.zeros(3, 6, dtype=torch.float64)
     exact[:, 1], exact[:, 2], exact[:, 3] = 8.0, 7.9, 5.0
     plain = exact.clone()
     plain[:, 0] += 0.03  # allowed: 2 * 2 * 0.03
-    ids = [1, 1, 1]
-    assert leaves_at_tie("bcx", ids, plain, exact, Words())  # parts at the second, for a letter 0.1 below
-    assert not leaves_at_tie("bdx", ids, plain, exact, Words())  # for one that is 3 below
-    assert not leaves_at_tie("bzx", ids, plain, exact, Words())  # for none that the model has
-    assert not leaves_at_tie("bcx", ids, exact, exact, Words())  # nothing rounded: no ties
-    assert not leaves_at_tie("", ids, plain, exact, Words())
+    assert chosen([1, 2, 1], plain, exact)  # the second is 0.1 below the best
+    assert not chosen([1, 3, 1], plain, exact)  # 3 below
+    assert not chosen([1, 1, 4], plain, exact)
+    assert not chosen([1, 2, 1], exact, exact)  # nothing rounded: no ties
+    assert chosen([1, 1, 1], exact, exact)
+    assert not chosen([1, 1, 1], exact * torch.nan, exact)
 
 
 def test_the_judge_asks_the_model(tmp_path: Path) -> None:
-    """Two tokens that the model cannot tell apart are a tie; another one is wrong."""
+    """Two tokens that the model cannot tell apart are a tie, and what follows has to be right; another one is wrong."""
     folder = write_random(tmp_path / "tiny", "tiny", dtype="float32", device="cpu", seed=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     prompt = list(range(20))
     with torch.no_grad():
-        scores = model(torch.tensor([prompt])).logits[0, -1]
-        best, other, third = scores.topk(3).indices.tolist()
+        best, other, third = model(torch.tensor([prompt])).logits[0, -1].topk(3).indices.tolist()
         model.lm_head.weight[other] = model.lm_head.weight[best]
+        nexts = [int(model(torch.tensor([[*prompt, token]])).logits[0, -1].argmax()) for token in (best, other)]
     model.save_pretrained(folder)
-    lone, tie, wrong = (
-        Answer(0, f"w{token} w5", tokens=2, ids=(token, 5) if token == best else ()) for token in (best, other, third)
-    )
-    found = Played(replace(HERE, folder=folder), [Level(3, 1.0, (lone, tie, wrong))], lone={0: lone}, prompts=[prompt])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def answer(*ids: int) -> Answer:
+        """As the service tells it: the text goes on from the prompt's, with a space."""
+        transcript = Transcript(tokenizer, prompt=prompt)
+        return Answer(0, "".join(map(transcript.push, ids)), tokens=len(ids), ids=ids)
+
+    lone, tie = answer(best, nexts[0]), answer(other, nexts[1])
+    assert lone.text.startswith(" w")
+    wrong = [answer(third, nexts[0]), answer(other, (nexts[1] + 1) % 512), replace(lone, text=tie.text), answer(other)]
+    level = Level(3, 1.0, (lone, tie, *wrong))
+    found = Played(replace(HERE, folder=folder), [level], lone={0: lone}, prompts=[prompt])
     judge(found, device="cpu")
     assert found.missing == []
-    assert (found.levels[0].equal, found.levels[0].ties, found.levels[0].wrong) == (1, 1, 1)
+    assert (found.levels[0].equal, found.levels[0].ties, found.levels[0].wrong) == (1, 1, 4)
+    found.levels, found.lone = [Level(3, 1.0, (tie,))], {0: wrong[0]}  # beside a wrong lone answer nothing is right
+    judge(found, device="cpu")
+    assert found.levels[0].wrong == 1
 
 
 def test_verdicts_hold_the_bounds_on_gpus() -> None:
@@ -232,6 +243,7 @@ def options(*argv: str) -> argparse.Namespace:
         (("--shape", "huge"), "--shape: wanted tiny"),
         (("--shape", "tiny", "--model", "x"), "--shape: wanted none beside --model"),
         (("--url", "http://x", "--shape", "tiny"), "--shape: wanted none beside --url"),
+        (("--url", "http://x", "--no-graphs"), "--no-graphs: wanted none beside --url"),
         (("--shape", "tiny", "--concurrency", "0,2"), "--concurrency: wanted 1 or more"),
         (("--shape", "tiny", "--concurrency", "two"), "--concurrency: wanted integers"),
         (("--shape", "tiny", "--tokens", "1"), "--tokens: wanted 2 or more"),

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ import torch
 
 from ringfa3 import RankFailed
 from ringfa3.inference.sampling import Sampling
-from ringfa3_launch.cluster import RingCluster
+from ringfa3_launch.cluster import RingCluster, gang
+from ringfa3_launch.cluster.channel import Message
 from ringfa3_launch.cluster.faults import NotReady, Overloaded, SessionLost, blame
+from ringfa3_launch.cluster.settings import Settings
 from tests.launch.test_cluster import _running, check, inputs
 from tests.launch.test_local import children
 from tests.patience import patience
@@ -88,12 +91,19 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(model: Path) -> Iterator[Watched]:
+def started(model: Path) -> Iterator[Watched]:
     before = children()
     watched = Watched(model)
     yield watched
     watched.cluster.close()
     assert children() == before
+
+
+@pytest.fixture
+def watched(started: Watched) -> Watched:
+    """With ranks that serve, whatever the test before this one left."""
+    started.cluster.wait(started.patience)
+    return started
 
 
 class Caller(threading.Thread):
@@ -281,6 +291,46 @@ def test_who_is_to_blame() -> None:
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
     assert blame(gloo, 0) | {"message": ""} == {"rank": 0, "message": "", "sure": False}
     assert not blame(torch.distributed.DistBackendError("NCCL error"), 0)["sure"]
+
+
+class Quiet:
+    """A rank and the link to it, of which nothing comes; `how` it ended is known once it is set."""
+
+    host, port, how = "here", 1, None
+
+    def __init__(self, rank: int = 0, *_: object, **__: object) -> None:
+        self.rank = rank
+
+    def ended(self) -> str | None:
+        return self.how
+
+    def send(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_how_a_process_ended_may_be_known_after_its_connection_is_lost(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(gang, "Link", Quiet)
+    monkeypatch.setattr(gang, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    ranks = [Quiet(0), Quiet(1)]
+    one = gang.Gang(ranks, Settings(token="0123456789abcdef", device="cpu"), threading.Event())
+    one.serving = True
+    one._hear(0, Message({"failure": {"rank": 0, "message": "gloo: Connection closed by peer", "sure": False}}))
+    one._lost(1, "it has ended")
+    assert not one.ready()
+    now[0] += 1.6
+    assert one.look() is None
+    if known:
+        ranks[1].how = "signal SIGKILL"
+    else:
+        now[0] += 1.0
+    failed = one.look()
+    assert failed is not None
+    assert failed.rank == 1
+    assert ("signal SIGKILL" if known else "its connection is lost: it has ended") in str(failed)
 
 
 PROGRAM = """

@@ -36,6 +36,15 @@ def test_ranks_that_share_the_weights(tmp_path: Path) -> None:
         assert [rank.cache_pages for rank in cluster.health()] == [20, 20]
 
 
+def test_graphs_are_an_option(tmp_path: Path) -> None:
+    folder = tiny_model.write(tmp_path)
+    for i, words in enumerate(((), ("--no-graphs",))):
+        scratch = tmp_path / str(i)
+        scratch.mkdir()
+        _, made = serve.cluster_options(options("--model", str(folder), *words), scratch, 0)
+        assert made["graphs"] is not bool(words)
+
+
 def test_wrong_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--tp: wanted a divisor of the number of ranks, 3, got 2"):
         serve.start(options("--ranks", "3", "--tp", "2"), tmp_path, 0)
@@ -48,6 +57,8 @@ def test_wrong_numbers(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"--attention-only: wanted no {name} beside it, got '?{value}"):
             serve.cluster_options(options("--ranks", "2", name, value, "--attention-only"), tmp_path, 0)
+    with pytest.raises(ValueError, match="--attention-only: wanted no --no-graphs beside it, got True"):
+        serve.cluster_options(options("--no-graphs", "--attention-only"), tmp_path, 0)
     for n, tp, model in ((2, 2, None), (2, 3, tmp_path)):
         with pytest.raises(ValueError, match=f"tp: wanted 1 without a model, else a divisor of 2 ranks, got {tp}"):
             RingCluster.local(n, device="cpu", model=model, tp=tp)

@@ -157,7 +157,7 @@ def test_opening_has_a_deadline(gang: ToyGang) -> None:
     [
         (lambda q, k, v: (q * float("nan"), k, v), "q: wanted finite"),
         (lambda q, k, v: (q, k, v / 0), "v: wanted finite"),
-        (lambda q, k, v: (q.double(), k.double(), v.double()), "'k': wanted dtype F32|'q': wanted dtype F32"),
+        (lambda q, k, v: (q.double(), k.double(), v.double()), "wanted 'k' of one of F32|wanted 'q' of one of F32"),
         (lambda q, k, v: (q, k.half(), v), "k: wanted q's dtype"),
         (lambda q, k, v: (q[0], k, v), "q: wanted .B, S, H, D"),
         (lambda q, k, v: (q[:, :0], k, v), "q: wanted .B, S, H, D"),
@@ -251,6 +251,10 @@ HOSTILE = {
     "a product beyond 2^64": body(GOOD | {"q": entry(0, 64, [1 << 40, 1 << 40, 1, 8])}, DATA),
     "sizes that wrap": body(GOOD | {"q": entry(0, 64, [1 << 62, 4, 1, 8])}, DATA),
     "a shape of 5,000 sizes": body(GOOD | {"q": entry(0, 64, [1] * 5000)}, DATA),
+    "a dtype of deep lists": body(
+        b'{"q": {"dtype": %b%b, "shape": [], "data_offsets": [0, 0]}}' % (b"[" * 800, b"]" * 800), DATA
+    ),
+    "a name of 9,000 letters": body({"q" * 9000: 5}, DATA),
     "a shape that is text": body(GOOD | {"q": entry(0, 64, "1,2,1,8")}, DATA),
     "a field more": body(GOOD | {"q": entry(0, 64) | {"strides": [1]}}, DATA),
     "a field less": body(GOOD | {"q": {"dtype": "F32", "shape": [1, 2, 1, 8]}}, DATA),

@@ -58,6 +58,34 @@ def test_a_stream_is_the_same_text_in_parts(client: openai.OpenAI) -> None:
     assert all(part.usage is None for part in with_usage[:-1])
 
 
+def test_token_ids_where_they_are_asked_for(client: openai.OpenAI, url: str) -> None:
+    want = answer("Once upon", 30)
+    options: dict[str, Any] = {"model": "toy", "prompt": "Once upon", "max_tokens": 30}
+    made = client.completions.create(**options, extra_body={"return_token_ids": True})
+    assert made.choices[0].to_dict()["token_ids"] == list(want.encode())
+    parts = list(client.completions.create(**options, stream=True, extra_body={"return_token_ids": True}))
+    assert [i for part in parts for i in part.choices[0].to_dict()["token_ids"]] == list(want.encode())
+    assert "".join(part.choices[0].text for part in parts) == want
+    chat: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+    for more in ({}, {"stream": True}):
+        reply = httpx.post(f"{url}/v1/chat/completions", json=chat | {"return_token_ids": True} | more)
+        lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")] or [reply.text]
+        told = [i for line in lines for i in json.loads(line)["choices"][0].get("token_ids", ())]
+        assert bytes(told).decode() == answer("<user>x", 9)
+    for more in ({}, {"return_token_ids": False}):
+        assert "token_ids" not in httpx.post(f"{url}/v1/completions", json=options | more).text
+
+
+def test_tokens_without_text_are_told(client: openai.OpenAI) -> None:
+    """The end token has none, nor have the first bytes of a character."""
+    answered = answer("a", 4096)
+    made = client.completions.create(model="toy", prompt="a", max_tokens=4000, extra_body={"return_token_ids": True})
+    assert made.choices[0].finish_reason == "stop"
+    assert made.choices[0].to_dict()["token_ids"] == [*answered.encode(), 0]
+    assert made.usage is not None
+    assert made.usage.completion_tokens == len(answered) + 1
+
+
 def test_a_conversation(client: openai.OpenAI) -> None:
     messages: Any = [
         {"role": "developer", "content": "Be short."},

@@ -492,6 +492,41 @@ def test_draining(gang: ToyGang) -> None:
     assert rests(gang)
 
 
+def test_a_second_signal_breaks_off_what_is_in_flight(gang: ToyGang, caplog: pytest.LogCaptureFixture) -> None:
+    """Each client is told; no traceback; long before the first signal's time is over."""
+    caplog.set_level(logging.INFO)
+    gang.attending.clear()  # it computes until it is set
+    tensors = b"".join(pack({name: torch.zeros(1, 4, 1, 8) for name in "qkv"}))
+    asked: dict[str, dict[str, Any]] = {
+        "long": {"url": "/v1/completions", "json": LONG},
+        "stream": {"url": "/v1/completions", "json": LONG | {"stream": True}},
+        "attention": {"url": "/v1/attention", "content": tensors, "headers": {"Content-Type": TENSORS}},
+    }
+    with ExitStack() as stack:
+        stack.callback(gang.attending.set)
+        url, server = stack.enter_context(serving(gang, limits=Limits(drain_s=600.0)))
+        http = stack.enter_context(httpx.Client(base_url=url, timeout=120))
+        pool = stack.enter_context(ThreadPoolExecutor(3))
+        replies = {name: pool.submit(http.post, **call) for name, call in asked.items()}
+        service = server._app.state.service
+        while gang.running < 2 or not service.attentions.inside:
+            time.sleep(0.005)
+        server.handle_exit(15)
+        while http.get("/ready").status_code == 200:
+            time.sleep(0.02)
+        assert not any(reply.done() for reply in replies.values())
+        for _ in range(3):
+            server.handle_exit(15)
+        told = {name: reply.result(60) for name, reply in replies.items()}
+    for name in ("long", "attention"):
+        assert (told[name].status_code, told[name].json()["error"]["code"]) == (503, "shutting_down"), name
+    assert '"code":"shutting_down"' in told["stream"].text.replace(" ", "")
+    assert [record for record in caplog.records if record.exc_info] == []
+    assert "Traceback" not in caplog.text  # as uvicorn's lifespan writes them
+    assert sum("told to end a second time" in line for line in caplog.messages) == 1
+    assert rests(gang)
+
+
 def test_conversations_are_so_many(gang: ToyGang) -> None:
     with serving(gang, limits=Limits(conversations=2)) as (url, _):
         for name in ("a", "b", "a", "c"):

@@ -273,6 +273,7 @@ def test_settings_travel_and_do_not_tell_the_token() -> None:
         ({"pages": True}, "pages: wanted an integer"),
         ({"timeout": float("nan")}, "timeout: wanted a positive number"),
         ({"prefill": "pass"}, "prefill: wanted one of auto, pass-kv, pass-q"),
+        ({"graphs": 1}, "graphs: wanted True or False, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             Settings(**wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -109,6 +110,35 @@ def test_other_plans_and_lengths_are_compiled_once() -> None:
         q, k, v = qkv(length)
         torch.testing.assert_close(f(q, k, v, plan), ring_attention(q, k, v, plan=plan))
     assert counter.frame_count <= 3  # the first; plans as numbers; lengths as numbers
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_equal_calls_build_one_plan(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out = ring_attention(q, k, v, window=(7, 0))
+        return ring_attention(out, k, v, window=(7, 0), layout="zigzag") + ring_attention(q, k, v, documents=[20, 36])
+
+    built = count_plans(monkeypatch)
+    f = compiled(calls) if way == "compiled" else calls
+    for _ in range(3):
+        gradients(f, *qkv(56))
+    assert built == [Mask(window=(7, 0)), Mask(documents=(20, 36))]
+    made = [ringfa3.plan(Mask(window=(7, 0)), "zigzag", 56, device=device) for device in ("cpu", torch.device("cpu"))]
+    assert made[0] is made[1]
+    assert len(built) == 2
+
+
+def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
+    """The masks of the plans that are built from now on, when none is kept."""
+    sys.modules["ringfa3.plan"]._kept.cache_clear()  # type: ignore[attr-defined]  # ringfa3.plan is the function
+    build, built = ringfa3.Plan.build, []
+
+    def counted(mask: Mask, *args: Any, **options: Any) -> ringfa3.Plan:
+        built.append(mask)
+        return build(mask, *args, **options)
+
+    monkeypatch.setattr(ringfa3.Plan, "build", staticmethod(counted))
+    return built
 
 
 def test_a_plan_that_is_gone_is_named() -> None:

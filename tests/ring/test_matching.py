@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ringfa3 import Mask, Plan
 from ringfa3.mesh import line
 from ringfa3.transport import Gather, Hierarchical, Ring
+from ringfa3.transport.pool import Pool
 from ringfa3.transport.wire import Flight, Message
 from ringfa3.ulysses import Heads, deal_heads
 from tests.ring.masks import masks
@@ -75,17 +76,20 @@ class Tape:
         return set()
 
 
-class Shelf:
+class Shelf(Pool):
     """A pool of one process: the hierarchy's neighbours are not there, and nobody waits."""
 
     number = 0
 
     def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world, self._held = rank, world, {}
+        self.rank, self.world = rank, world
+        self._buffers, self._parcels, self._slots = {}, {}, {}
 
     def buffers(self, channel: int, size: int) -> tuple[torch.Tensor, ...]:
         """As `Pool.buffers`."""
-        return tuple(torch.empty(size, dtype=torch.uint8) for _ in range(self.world))
+        found = tuple(torch.empty(size, dtype=torch.uint8) for _ in range(self.world))
+        self._buffers[channel] = found
+        return found
 
     def begin(self) -> Shelf:
         """Its own queue."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ringfa3
 from ringfa3 import Mask, Plan
+from ringfa3.flash_attn import flash_attn_func
 from ringfa3_kernels import Dropout, Unsupported, Visible
 from tests.kernels.places import kept
 from tests.ring.test_ulysses import group_of
@@ -273,6 +274,45 @@ def test_a_checkpoint_drops_the_same_again(world, reentrant):
     for kept_, again in zip(world(2)(checkpointed, None), world(2)(checkpointed, reentrant), strict=True):
         for x, y in zip(kept_, again, strict=True):
             assert torch.equal(x, y)
+
+
+def forgetful(rank: int, size: int, call: str, reentrant: bool, seeds: list[int | None]) -> str:
+    """What a pass says whose checkpoint does not set the generator back; "right" where its gradients are."""
+    g = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, 9, 2, 8, generator=g).requires_grad_() for _ in "qkv")
+    left = [*seeds, *seeds] if len(seeds) == 1 else list(seeds)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if call == "flash_attn":
+            return flash_attn_func(q, k, v, dropout_p=0.5)  # type: ignore[no-any-return]
+        return ringfa3.ring_attention(q, k, v, dropout_p=0.5, dropout_seed=left.pop(0))  # type: ignore[no-any-return]
+
+    try:
+        checkpoint(layer, q, k, v, use_reentrant=reentrant, preserve_rng_state=False).square().sum().backward()
+    except ValueError as error:
+        return str(error)
+    found = [x.grad.clone() for x in (q, k, v)]
+    ringfa3.ring_attention(q, k, v, dropout_p=0.5, dropout_seed=seeds[0]).square().sum().backward()
+    return "right" if all(torch.equal(x.grad, 2 * y) for x, y in zip((q, k, v), found, strict=True)) else "wrong"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("call", ["ring", "flash_attn"])
+def test_a_checkpoint_that_would_drop_otherwise_is_refused(world, call, reentrant):
+    """It forgets the generator's state: the loss would be of one mask, and the gradients of another."""
+    for said in world(2)(forgetful, call, reentrant, [None]):
+        assert "dropout_seed: wanted preserve_rng_state=True (its default) or a seed in a checkpoint" in said
+
+
+def test_a_seed_that_changes_is_refused(world):
+    for said in world(2)(forgetful, "ring", False, [2**64 - 1, 2**63 - 1]):
+        assert "got another seed when it recomputed" in said
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_a_seed_needs_no_generator(world, reentrant, seed):
+    assert world(2)(forgetful, "ring", reentrant, [seed]) == ["right"] * 2
 
 
 X = torch.randn(2, 5, 4, 8)

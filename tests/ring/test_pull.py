@@ -208,6 +208,27 @@ def test_nothing_is_read_before_it_is_there(world, depth):
     world(3)(lags, depth)
 
 
+def trained_and_not(rank: int, size: int, transport: str) -> None:
+    """Views of a buffer are kept: those made in inference mode must serve calls outside of it, and the other way."""
+    group = dist.new_group(list(range(size)))  # with buffers that nobody has seen
+    q, k, v = (torch.randn(1, 8, 2, 8) for _ in range(3))
+    seen = []
+    for _ in range(2):
+        with torch.inference_mode():
+            seen.append(ringfa3.ring_attention(q, k, v, group=group, transport=transport).clone())
+        qkv = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = ringfa3.ring_attention(*qkv, group=group, transport=transport)
+        out.backward(out)
+        seen.append(out.detach())
+    assert all(torch.equal(out, seen[0]) for out in seen)
+    dist.destroy_process_group(group)
+
+
+@pytest.mark.parametrize("transport", ["pull", "hierarchical:1", "hierarchical:2"])
+def test_training_and_inference_share_buffers(world, transport):
+    world(2)(trained_and_not, transport)
+
+
 def grows(rank: int, size: int) -> None:
     """A longer call makes larger buffers, once; a shorter one keeps them; what a peer has staged is not lost."""
     pool = Gang.of(None).pool(CPU, range(size))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, masking_utils
 import ringfa3
 from ringfa3 import Mask
 from ringfa3.integrations import transformers as integration
+from ringfa3.integrations.context_parallel import context_parallel
 from ringfa3.integrations.transformers import Sight, attention, padding_documents, sequence_parallel
 
 S = 37  # uneven on 2 and on 3 ranks
@@ -199,6 +200,29 @@ def test_loss_counts_every_token_once(world: Any) -> None:
         assert loss == pytest.approx(wanted, rel=1e-5)
 
 
+class Shifting(transformers.LlamaPreTrainedModel):  # type: ignore[misc]
+    """A language model that shifts its labels itself, as some older ones do."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = transformers.LlamaModel(config)
+        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.head(self.model(input_ids=input_ids, position_ids=position_ids, **kwargs).last_hidden_state)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return loss, logits
+
+
+def test_a_loss_that_would_shift_labels_again_is_refused() -> None:
+    model = Shifting(transformers.LlamaConfig(**SMALL))
+    ids, *_ = inputs("plain")
+    plan = ringfa3.plan(Mask(), "zigzag", S)
+    with sequence_parallel(model, plan), pytest.raises(ValueError, match=r"shift_labels: .* got Shifting"):
+        model(input_ids=ids, shift_labels=plan.labels(ids))
+
+
 def test_no_quadratic_mask() -> None:
     """A layer gets a few bytes a row: a mask of S x S would be 16 GiB here."""
     long = 1 << 17
@@ -243,6 +267,93 @@ def test_refusals_of_the_model_call() -> None:
     refused("labels: wanted shift_labels", labels=ids)
     refused("past_key_values: wanted a ShardedCache", past_key_values=DynamicCache())
     refused("output_attentions", output_attentions=True)
+    refused("output_router_logits: wanted False beside", name="gpt_oss", output_router_logits=True, shift_labels=ids)
+
+
+ELSEWHERE: list[tuple[str, Any, str]] = [
+    ("logits_to_keep", 1, "the last rows of a shard are not the sequence's"),
+    ("logits_to_keep", torch.tensor([0]), "the last rows of a shard are not the sequence's"),
+    ("num_logits_to_keep", 2, "the last rows of a shard are not the sequence's"),
+    ("pixel_values", torch.zeros(1, 3, 4, 4), r"nobody says how it is sharded.*\[1, 3, 4, 4\]"),
+    ("cache_position", torch.arange(S), "nobody says how it is sharded"),
+    ("token_type_ids", torch.zeros(2, S, dtype=torch.long), "nobody says how it is sharded"),
+    ("mm_token_type_ids", torch.zeros(2, S, dtype=torch.long), "nobody says how it is sharded"),
+    ("encoder_hidden_states", torch.zeros(2, S, 64), "nobody says how it is sharded"),
+    ("per_layer_inputs", [torch.zeros(1)], "nobody says how it is sharded.*list"),
+    ("anything", True, "nobody says how it is sharded.*bool"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "why"), ELSEWHERE, ids=lambda x: x if isinstance(x, str) else "")
+def test_arguments_that_mean_something_else_on_a_shard(name: str, value: Any, why: str) -> None:
+    """They are refused before the model sees them, by both ways to shard it; None, False and 0 are nothing."""
+    match = f"^{name}: wanted .*{why}"
+    refused(match, **{name: value})
+    model = build("llama")
+    with context_parallel(model), pytest.raises(ValueError, match=match):
+        model(input_ids=inputs("plain")[0], **{name: value})
+    with sequence_parallel(model, ringfa3.plan(Mask(), "zigzag", S)), torch.no_grad():
+        nothing = {"logits_to_keep": 0, "pixel_values": None, "output_attentions": False, "return_dict": True}
+        assert model(input_ids=inputs("plain")[0], **nothing).logits.shape == (2, S, 61)
+
+
+def embedded(rank: int, size: int) -> float:
+    """Embeddings in the place of tokens, without position_ids: the difference from one process."""
+    model = build("gemma3")
+    ids, *_ = inputs("plain")
+    rows = model.get_input_embeddings()(ids).detach()
+    plan = ringfa3.plan(Mask(), "zigzag", S)
+    with torch.no_grad():
+        wanted = model(inputs_embeds=rows, use_cache=False).logits
+        with sequence_parallel(model, plan):
+            return worst(model(inputs_embeds=plan.shard(rows)).logits, plan.shard(wanted))
+
+
+def test_embeddings_without_position_ids(world: Any) -> None:
+    assert max(world(2)(embedded)) < TOLERANCE
+
+
+BERT: dict[str, Any] = dict(
+    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def typed(rank: int, size: int) -> float:
+    """An encoder whose tokens are of two types, each rank's its own."""
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT, attn_implementation="eager")).eval()
+    ids, *_ = inputs("plain")
+    types = (torch.arange(S) > 20).long().expand(2, -1)
+    plan = ringfa3.plan(Mask(causal=False), "zigzag", S)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, token_type_ids=types).logits
+        with sequence_parallel(model, plan):
+            with pytest.raises(ValueError, match="token_type_ids: wanted input_ids's rows"):
+                model(input_ids=plan.shard(ids), token_type_ids=types)
+            return worst(model(input_ids=plan.shard(ids), token_type_ids=plan.shard(types)).logits, plan.shard(wanted))
+
+
+def test_token_types_that_are_embedded(world: Any) -> None:
+    assert max(world(2)(typed)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "why"),
+    [
+        ("LlamaForSequenceClassification", lambda: transformers.LlamaConfig(**SMALL), "a head or pooler"),
+        ("LlamaForQuestionAnswering", lambda: transformers.LlamaConfig(**SMALL), "a head or pooler"),
+        ("BertModel", lambda: transformers.BertConfig(**BERT), "a head or pooler"),
+        ("RobertaForMaskedLM", lambda: transformers.RobertaConfig(**BERT), "counts past its padding_idx"),
+    ],
+)
+def test_models_that_count_or_pool_rows_are_refused(kind: str, config: Any, why: str) -> None:
+    """Of a shard they would be its last token's class, its first row, positions that nobody counts so."""
+    model = getattr(transformers, kind)(config())
+    plan = ringfa3.plan(Mask(), "zigzag", S)
+    for sharded in (sequence_parallel(model, plan), context_parallel(model)):
+        with pytest.raises(ValueError, match=f"model: wanted .*{why}"), sharded:
+            pass
 
 
 def test_refusals_of_models_and_plans() -> None:

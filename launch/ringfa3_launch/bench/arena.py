@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from ringfa3.transport.meeting import timeout_of
 from ringfa3_launch.bench import kernels, ring_peers
 from ringfa3_launch.bench.case import DTYPES, RING_PEERS
+from ringfa3_launch.bench.groups import among
 from ringfa3_launch.bench.guard import Guard, Stuck
 from ringfa3_launch.bench.match import GEMM, HOPS, LAUNCH, OURS, Entry, Match, Outcome
 from ringfa3_launch.bench.ours import Meshes, attend_with, group_of
@@ -130,15 +133,20 @@ class Arena:
         free(self.place.device)
 
     def _break_off(self, entry: Entry, reason: str) -> None:
-        """After a call that hangs: end the rivals' group and make another, or, where it was ours, end everything."""
+        """After a call that hangs: end the rivals' group and make another, or, where it was ours, end everything.
+
+        On GPUs a world smaller than all ranks gets no other: its peers are not called any more.
+        """
         if entry.method not in RING_PEERS or self.rivals is None:
             raise Stuck(f"{entry.name}: {reason}")
         rivals, self.rivals = self.rivals, None
         self._hung[entry.method] = reason
-        ranks = dist.get_process_group_ranks(rivals)
+        ranks, name = dist.get_process_group_ranks(rivals), f"{rivals.group_name} again"
+        backend, timeout = dist.get_backend(rivals), timedelta(seconds=timeout_of(rivals, self.place.device))
         self.guard.abort(rivals)
-        made = self.guard.attempt(lambda: dist.new_group(ranks, use_local_synchronization=True))
-        self.rivals = made.result
+        if backend == "nccl" and len(ranks) < dist.get_world_size():
+            return  # another would take those beyond this world, who do not know of it
+        self.rivals = self.guard.attempt(lambda: among(ranks, name, backend=backend, timeout=timeout)).result
 
     def _made(self, entry: Entry, match: Match, shards: dict[tuple[object, ...], Shard]) -> tuple[Shard | None, Peer]:
         """The entry's shard (kept, if another has the same) and its call."""

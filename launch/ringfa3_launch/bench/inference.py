@@ -32,7 +32,7 @@ on one device (in the same run, with the same weights).
 
 Reported per prompt length, batch and world, as medians over the rounds:
   first token   seconds from the request to its first token: the prefill
-  each token    milliseconds from a token to the next: the decode
+  each token    milliseconds from a token to the next, once all prompts are read: the decode
   tokens/s      answered by the whole batch, prefill included
   cache         bytes of the pages in use, of the rank that has most
   memory        peak of the rank that has most, weights and whole cache included

@@ -24,9 +24,10 @@ COLUMNS = (
 CHECKS = ("prompt", "ranks", "tokens", "logits' error", "one device's", "allowed", "against", "verdict")
 PARTS = ("part", "ranks", "µs", "±", "GB/s", "of a copy")
 NOTE = (
-    "first token: from the request to its first token; each token: from one to the next; tokens/s: of the whole batch, "
-    "prefill included. x one rank and x theirs: time of one rank, and of transformers' generate on one device, over "
-    "ours; above 1, ours is better. cache: pages in use on the rank that has most. memory: peak of the rank that has "
+    "first token: from the request to its first token; each token: from one to the next, once all prompts are read; "
+    "tokens/s: of the whole batch, prefill included. x one rank and x theirs: time of one rank, and of transformers' "
+    "generate on one device, over ours; above 1, ours is better. cache: pages in use on the rank that has most. "
+    "memory: peak of the rank that has "
     "most, weights and the whole cache included (torch's allocator; on CPUs the growth of the resident set). logits' "
     "error: largest difference after the prompt, as a part of the largest logit, against wider precision; for longer "
     "prompts the distance from transformers in the same precision."

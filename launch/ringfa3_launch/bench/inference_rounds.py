@@ -82,7 +82,9 @@ class Rounds:
         if not self.failure:
             count = len(self.stamps)
             first = sum(stamps[0] for stamps in self.stamps) / count - self.begun
-            each = sum((s[-1] - s[0]) / max(1, len(s) - 1) for s in self.stamps) / count
+            together = max(stamps[0] for stamps in self.stamps)  # before it prompts are read between the tokens
+            late = [[s for s in stamps if s >= together] or stamps[-1:] for stamps in self.stamps]
+            each = sum((s[-1] - s[0]) / max(1, len(s) - 1) for s in late) / count
             self.times.append((first, each, max(stamps[-1] for stamps in self.stamps) - self.begun))
         self.left -= 1
         if self.left and not self.failure:

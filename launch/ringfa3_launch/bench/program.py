@@ -205,7 +205,7 @@ def _members_only(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
 
     Where the default group is NCCL's and bound to a device, torch has those beyond a new group split its communicator,
     even for a group of gloo's, whose members do not: everybody would hang. And members meet under a name that torch
-    makes of how many groups they are in (those of a pool of ringfa3's, too): all ranks stay in equally many.
+    makes of how many groups they are in: all ranks stay in equally many.
     """
     made = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights (GPU bfloat16)")
     runs.add_argument("--pages", type=int, metavar="N", help="pages of the cache a rank (default: what memory allows)")
     runs.add_argument("--chunk", type=int, metavar="N", help="prompt tokens a step (GPU 8192, CPU 512)")
+    runs.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
     runs.add_argument("--launcher", choices=("local", "ray"), default="local", help="who starts the ranks")
     runs.add_argument("--max-completions", type=int, default=320, metavar="N", help="in flight and waiting (320)")
     runs.add_argument("--url", help="of a service that runs, instead of all these")
@@ -144,6 +145,8 @@ def program_from(args: argparse.Namespace, gpus: int) -> Program:
     for name in ("model", "shape", "ranks", "pages", "chunk"):
         if args.url is not None and getattr(args, name) is not None:
             raise ValueError(f"--{name}: wanted none beside --url, got {getattr(args, name)!r}")
+    if args.url is not None and args.no_graphs:
+        raise ValueError("--no-graphs: wanted none beside --url, got it")
     if args.model is not None and args.shape is not None:
         raise ValueError(f"--shape: wanted none beside --model, got {args.shape!r}")
     if args.url is None and args.model is None and args.shape is None and gpus:
@@ -185,7 +188,7 @@ def here(args: argparse.Namespace, program: Program, folder: Path, gpus: int) ->
     device = "cuda" if gpus else "cpu"
     chosen = argparse.Namespace(
         model=args.model, model_name=None, attention_only=False, ranks=args.ranks, tp=1, dtype=dtype, pages=args.pages,
-        chunk=args.chunk or (8192 if gpus else 512), launcher=args.launcher,
+        chunk=args.chunk or (8192 if gpus else 512), no_graphs=args.no_graphs, launcher=args.launcher,
     )  # fmt: skip
     with redirect_stdout(sys.stderr):  # what it says of its progress
         if args.shape is not None:

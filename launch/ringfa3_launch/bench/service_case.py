@@ -11,6 +11,7 @@ from ringfa3_launch.bench.inference_case import Sizes
 from ringfa3_launch.bench.service_load import Answer
 from ringfa3_launch.bench.timing import Timing
 
+Said = tuple[int, tuple[int, ...], str]  # an answer's prompt, tokens and text
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
@@ -165,12 +166,17 @@ class Played:
     wrong: list[str] = field(default_factory=list)  # pairs whose two answers are not one
 
 
+def said(answer: Answer) -> Said:
+    """What was answered to what. Tokens, as texts may hide them: random bytes are no characters, as many others."""
+    return answer.prompt, answer.ids, answer.text
+
+
 def differing(levels: Sequence[Level], lone: dict[int, Answer]) -> list[Answer]:
-    """Answers that are not the lone one, each text once."""
+    """Answers that are not the lone one, each once."""
     found = {
-        (answer.prompt, answer.text): answer
+        said(answer): answer
         for level in levels
         for answer in level.good
-        if answer.prompt in lone and answer.text != lone[answer.prompt].text
+        if answer.prompt in lone and said(answer) != said(lone[answer.prompt])
     }
     return list(found.values())

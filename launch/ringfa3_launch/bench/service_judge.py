@@ -1,15 +1,20 @@
-"""Judges answers that are not the lone one: do they leave it at a tie, within what rounding does to logits?"""
+"""Judges answers that are not the lone one: is every token the model's choice, within what rounding does to logits?
+
+Answers are compared token by token. Those that part do so at a tie, where two tokens are equally likely; what follows
+has another beginning, so each answer is held against the model's logits after its own tokens.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringfa3_launch.bench.case import DTYPES
-from ringfa3_launch.bench.service_case import Level, Played, differing
+from ringfa3_launch.bench.service_case import Level, Played, Said, differing, said
 from ringfa3_launch.bench.service_load import Answer
 
 if TYPE_CHECKING:
@@ -18,8 +23,7 @@ if TYPE_CHECKING:
 WIDER = {"bf16": "float32", "fp16": "float32", "fp32": "float64"}
 TIMES = 2  # of plain transformers' error: what ours may have, for each of the two logits
 FLOOR = 1e-6  # of the largest logit
-LIKELY = 64  # tokens that are looked at
-BACK = 3  # tokens by which two answers may have parted before their texts do
+LIKELY = 64  # tokens whose error counts: others' is never in question, and there are many
 
 
 def judge(played: Played, *, device: str) -> None:
@@ -29,7 +33,7 @@ def judge(played: Played, *, device: str) -> None:
         device: "cpu" or "cuda", which the ranks have left.
     """
     others = differing(played.levels, played.lone)
-    ties: set[tuple[int, str]] = set()
+    ties: set[Said] = set()
     folder = played.service.folder
     if others and folder is not None:
         try:
@@ -41,26 +45,30 @@ def judge(played: Played, *, device: str) -> None:
     played.levels = [_counted(level, played.lone, ties) for level in played.levels]
 
 
-def _counted(level: Level, lone: dict[int, Answer], ties: set[tuple[int, str]]) -> Level:
-    equal = sum(answer.prompt in lone and answer.text == lone[answer.prompt].text for answer in level.good)
-    return replace(level, equal=equal, ties=sum((answer.prompt, answer.text) in ties for answer in level.good))
+def _counted(level: Level, lone: dict[int, Answer], ties: set[Said]) -> Level:
+    equal = sum(answer.prompt in lone and said(answer) == said(lone[answer.prompt]) for answer in level.good)
+    return replace(level, equal=equal, ties=sum(said(answer) in ties for answer in level.good))
 
 
-def _ties(folder: Path, others: Sequence[Answer], played: Played, device: str) -> set[tuple[int, str]]:
+def _ties(folder: Path, others: Sequence[Answer], played: Played, device: str) -> set[Said]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     dtype = played.service.dtype
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype])).to(device).eval()
     exact = copy.deepcopy(plain).to(getattr(torch, WIDER[dtype]))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @cache  # the lone answer is asked of once for each that parts from it
+    def right(prompt: int, ids: tuple[int, ...]) -> bool:
+        logits = [_logits(model, played.prompts[prompt], ids, device) for model in (plain, exact)]
+        return chosen(ids, *logits)
+
     found = set()
     for answer in others:
-        lone = played.lone[answer.prompt]
-        prompt, ids = played.prompts[answer.prompt], list(lone.ids)
-        logits = [_logits(model, prompt, ids, device) for model in (plain, exact)]
-        if leaves_at_tie(answer.text, ids, logits[0], logits[1], tokenizer):
-            found.add((answer.prompt, answer.text))
+        lone = played.lone[answer.prompt].ids
+        parts = len(answer.ids) == len(lone) and answer.ids != lone  # the same tokens with another text are wrong
+        if parts and right(answer.prompt, answer.ids) and right(answer.prompt, lone):
+            found.add(said(answer))
     return found
 
 
@@ -76,33 +84,17 @@ def _logits(model: Any, prompt: Sequence[int], ids: Sequence[int], device: str) 
     return logits
 
 
-def leaves_at_tie(text: str, ids: Sequence[int], plain: Tensor, exact: Tensor, tokenizer: Any) -> bool:
-    """Whether the text goes on, where it leaves the lone answer, with a token as likely as the lone answer's.
-
-    What follows then answers another beginning, and cannot be compared.
+def chosen(ids: Sequence[int], plain: Tensor, exact: Tensor) -> bool:
+    """Whether each token is the likeliest after those before it, or as likely, for what rounding may do.
 
     Args:
-        ids: of the lone answer, n.
+        ids: of an answer, n.
         plain, exact: [n, vocab] logits of its tokens, in the dtype that is served and in wider precision.
-        tokenizer: has decode.
     """
-    last = max(n for n in range(len(ids)) if text.startswith(_text(tokenizer, ids[:n])))
-    for n in range(last, max(-1, last - BACK), -1):
-        scores = exact[n]
-        scale = float(scores.abs().max())
-        allowed = 2 * (TIMES * float((plain[n] - scores).abs().max()) + FLOOR * scale)
-        best, tokens = scores.topk(min(LIKELY, len(scores)))
-        begun = _text(tokenizer, ids[:n])
-        for score, token in zip(best.tolist(), tokens.tolist(), strict=True):
-            more = _text(tokenizer, [*ids[:n], token])
-            if token != ids[n] and len(more) > len(begun) and text.startswith(more):
-                return bool(float(best[0]) - score <= allowed)
-    return False
+    import torch
 
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """As the service tells it, without a character whose bytes are not complete."""
-    if not ids:
-        return ""
-    text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return text.rstrip("\ufffd")
+    best, likely = exact.topk(min(LIKELY, exact.shape[1]))
+    error = (plain - exact).gather(1, likely).abs().amax(1)
+    allowed = 2 * (TIMES * error + FLOOR * exact.abs().amax(1))
+    lacking = best[:, 0] - exact.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return bool((lacking <= allowed).all())

@@ -50,7 +50,7 @@ class Answer:
         cached: tokens of the prompt that the engine had already.
         refused: how often 429 came first. The clock begins anew with the attempt that is let in.
         error: what went wrong; "" nothing.
-        ids: the tokens, where they are known.
+        ids: the tokens.
     """
 
     prompt: int
@@ -170,6 +170,7 @@ async def _answer(http: httpx.AsyncClient, body: bytes, nothing: Answer) -> Answ
 async def _streamed(reply: httpx.Response, begun: float, nothing: Answer) -> Answer:
     """The events of one answer, with the times at which its text came."""
     texts: list[str] = []
+    ids: list[int] = []
     first = last = 0.0
     usage: dict[str, Any] = {}
     finish, done = None, False
@@ -185,6 +186,7 @@ async def _streamed(reply: httpx.Response, begun: float, nothing: Answer) -> Ans
             return replace(nothing, error=f"in the stream: {part['error'].get('message')}"[:200])
         usage = part.get("usage") or usage
         for choice in part["choices"]:
+            ids += choice["token_ids"]
             if choice["text"]:
                 texts.append(choice["text"])
                 first, last = first or now, now
@@ -192,16 +194,18 @@ async def _streamed(reply: httpx.Response, begun: float, nothing: Answer) -> Ans
                 finish, last = choice["finish_reason"], now
     if not done or finish is None or not texts:
         return replace(nothing, error=f"a stream without its end (finish {finish}, {len(texts)} parts)")
+    if len(ids) != usage["completion_tokens"]:
+        return replace(nothing, error=f"a stream of {len(ids)} token ids for {usage['completion_tokens']} tokens")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return replace(
         nothing, text="".join(texts), first=first - begun, total=last - begun, tokens=usage["completion_tokens"],
-        cached=cached,
+        cached=cached, ids=tuple(ids),
     )  # fmt: skip
 
 
 def _body(model: str, request: Request) -> bytes:
     asked = {
         "model": model, "prompt": list(request.ids), "max_tokens": request.tokens, "temperature": 0,
-        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+        "ignore_eos": True, "return_token_ids": True, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     return json.dumps(asked, separators=(",", ":")).encode()

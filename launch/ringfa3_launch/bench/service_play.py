@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ringfa3_launch.bench.case import format_size
-from ringfa3_launch.bench.service_case import Level, Overhead, Pair, Played, Program, Service
+from ringfa3_launch.bench.service_case import Level, Overhead, Pair, Played, Program, Service, said
 from ringfa3_launch.bench.service_load import Answer, Clients, Request
 
 Tell = Callable[[str, int], None]
@@ -160,7 +160,7 @@ def _keep(played: Played, length: int, pairs: Sequence[Pair]) -> None:
     if good:
         played.overheads.append(Overhead(length, good))
     for pair in good:
-        if pair.bare.text != pair.served.text and length != len(played.prompts[0]):
+        if said(pair.bare) != said(pair.served) and length != len(played.prompts[0]):
             played.wrong.append(f"{where}: the service's answer is not the bare engine's")
         if pair.bare.cached or pair.served.cached:
             played.missing.append(f"{where}: {pair.served.cached} prompt tokens came from the cache: no cold prefill")

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ringfa3 import RankFailed
@@ -22,8 +22,9 @@ from ringfa3_launch.cluster.tensors import Array
 
 PING = 0.25  # seconds between a rank's answer and the next question
 HEARSAY, LIKELY, SURE = range(3)  # how well a suspicion is founded
-# seconds from a first sign of trouble to a verdict, by how well it is founded: complaints may come before the cause
-SETTLE = (1.5, 0.4, 0.4)
+# seconds from a first sign of trouble to a verdict, by how well it is founded: complaints may come before the cause,
+# and a lost connection before it is known how the process ended (under load 0.4 s were too few), which ends the wait
+SETTLE = (1.5, 2.0, 0.4)
 FRESH = 1.5  # seconds after which a rank that does not answer is not ready
 RECENT = 4.0  # seconds: all ranks meet every second when idle
 
@@ -62,7 +63,7 @@ class _Suspicion:
     rank: int
     message: str
     weight: int
-    at: float = field(default_factory=time.monotonic)
+    at: float
 
 
 class Gang:
@@ -320,7 +321,7 @@ class Gang:
     def _suspect(self, rank: int, message: str, weight: int) -> None:
         """A rank is said to have failed, or cannot be heard any more; `look` decides."""
         with self._lock:
-            self._suspicions.append(_Suspicion(rank, message, weight))
+            self._suspicions.append(_Suspicion(rank, message, weight, time.monotonic()))
         self._wake.set()
 
     def _failed(self, rank: int, message: str) -> RankFailed:

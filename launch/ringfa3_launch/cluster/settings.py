@@ -23,6 +23,8 @@ class Settings:
         pages: the same, in pages.
         page_size: positions of a page, of the model's cache and of sessions.
         prefill: "auto", "pass-kv" or "pass-q".
+        graphs: the model decodes under CUDA graphs, on GPUs; on CPUs there are none. The commonest are captured before
+            the ranks serve.
         tp: ranks that share the model's weights, of which there are that many in each group; divides their number.
         chunk: prompt tokens of one engine step.
         max_running, max_waiting: requests that the engine decodes together, and that may queue for it.
@@ -44,6 +46,7 @@ class Settings:
     pages: int | None = None
     page_size: int = 64
     prefill: str = "auto"
+    graphs: bool = True
     tp: int = 1
     chunk: int = 512
     max_running: int = 64
@@ -64,6 +67,8 @@ class Settings:
         ):
             if getattr(self, name) not in wanted:
                 raise ValueError(f"{name}: wanted one of {', '.join(wanted)}, got {getattr(self, name)!r}")
+        if not isinstance(self.graphs, bool):
+            raise ValueError(f"graphs: wanted True or False, got {self.graphs!r}")
         for name in ("timeout", "call_timeout", "start_timeout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,21 @@ NAMES = {  # numpy's and torch's names of these
 DTYPES = {code: name for name, code in NAMES.items()}
 
 MAX_HEADER = 1 << 20  # bytes
-MAX_DIMS = 16
+DIMENSIONS = 16
 
 
 class BadTensors(ValueError):
     """Bytes that are not what they claim to be."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a header: dtype (a key of SIZES), shape, and where in the data it begins and ends (bytes)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -124,47 +134,71 @@ def unpack(body: bytes | bytearray | memoryview) -> dict[str, Raw]:
     size = int.from_bytes(view[:8], "little")
     if size > min(MAX_HEADER, view.nbytes - 8):
         raise BadTensors(f"tensors: wanted a header of at most {min(MAX_HEADER, view.nbytes - 8)} bytes, got {size}")
+    data = view[8 + size :]
+    found = read_header(bytes(view[8 : 8 + size]), data.nbytes)
+    return {name: Raw(each.dtype, each.shape, data[each.begin : each.end]) for name, each in found.items()}
+
+
+def read_header(
+    text: bytes, length: int, *, dtypes: Collection[str] = tuple(SIZES), dimensions: int = DIMENSIONS
+) -> dict[str, Entry]:
+    """The tensors that a header describes, in its order.
+
+    Args:
+        text: JSON.
+        length: of the data that follow, in bytes.
+        dtypes: those that are taken, of SIZES.
+        dimensions: of a tensor, at most.
+
+    Raises:
+        BadTensors: it is not a header of exactly those data, without overlaps and holes; says why.
+    """
     try:
-        header = json.loads(bytes(view[8 : 8 + size]), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        header = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of too many digits
         raise BadTensors(f"tensors: wanted a header of JSON, got {error}") from None
     if not isinstance(header, dict):
         raise BadTensors(f"tensors: wanted a JSON object, got {type(header).__name__}")
-    header.pop("__metadata__", None)  # words for people, as the format has it
-    data = view[8 + size :]
-    found = {name: _entry(name, entry, data.nbytes) for name, entry in header.items()}
+    metadata = header.pop("__metadata__", {})  # words for people, as the format has it
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadTensors("tensors: wanted __metadata__ of strings by name, got something else")
+    found = {name: _entry(_cut(name), entry, length, dtypes, dimensions) for name, entry in header.items()}
     at = 0
-    for name, (_, _, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):
-        if start != at:
-            raise BadTensors(f"tensors: wanted {name!r} to begin at byte {at}, got {start}")
-        at = stop
-    if at != data.nbytes:
-        raise BadTensors(f"tensors: wanted {at} bytes of data, got {data.nbytes}")
-    return {name: Raw(dtype, shape, data[start:stop]) for name, (dtype, shape, start, stop) in found.items()}
+    for name, each in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if each.begin != at:
+            raise BadTensors(f"tensors: wanted {_cut(name)} to begin at byte {at}, got {each.begin}")
+        at = each.end
+    if at != length:
+        raise BadTensors(f"tensors: wanted {at} bytes of data, got {length}")
+    return found
 
 
-def _entry(name: str, entry: object, size: int) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, start and stop of a tensor, as its header entry says and as they can be."""
+def _entry(name: str, entry: object, length: int, dtypes: Collection[str], dimensions: int) -> Entry:
+    """A tensor, as its header entry says and as it can be."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise BadTensors(f"tensors: wanted dtype, shape and data_offsets of {name!r}, got {_cut(entry)}")
+        raise BadTensors(f"tensors: wanted dtype, shape and data_offsets of {name}, got {_cut(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SIZES:
-        raise BadTensors(f"tensors: wanted {name!r} of one of {', '.join(SIZES)}, got {_cut(dtype)}")
-    if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise BadTensors(f"tensors: wanted a shape of {name!r}, at most {MAX_DIMS} sizes, got {_cut(shape)}")
-    if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
-        raise BadTensors(f"tensors: wanted offsets of {name!r} within {size} bytes, got {_cut(offsets)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise BadTensors(f"tensors: wanted {name} of one of {', '.join(dtypes)}, got {_cut(dtype)}")
+    if not _sizes(shape) or len(shape) > dimensions:
+        raise BadTensors(f"tensors: wanted a shape of {name}, at most {dimensions} sizes, got {_cut(shape)}")
+    if not _sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= length:
+        raise BadTensors(f"tensors: wanted offsets of {name} within {length} bytes, got {_cut(offsets)}")
     nbytes = math.prod(shape) * SIZES[dtype]
     if nbytes != offsets[1] - offsets[0]:
-        raise BadTensors(f"tensors: wanted {nbytes} bytes of {name!r}, got {offsets[1] - offsets[0]}")
-    return dtype, tuple(shape), offsets[0], offsets[1]
+        raise BadTensors(f"tensors: wanted {nbytes} bytes of {name}, got {offsets[1] - offsets[0]}")
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _naturals(x: object) -> bool:
-    return isinstance(x, list) and all(type(i) is int and 0 <= i < 1 << 63 for i in x)
+def _sizes(x: object) -> bool:
+    """Whether it is a list of numbers that a size can be; so bounded that no product of them is long to compute."""
+    return isinstance(x, list) and all(type(i) is int and 0 <= i < 1 << 48 for i in x)
 
 
 def _cut(x: object) -> str:
+    """What came, shortly. What is nested may be so deep that it cannot be written."""
+    if isinstance(x, dict) or (isinstance(x, list) and any(isinstance(i, list | dict) for i in x)):
+        return "an object" if isinstance(x, dict) else "a list of lists or objects"
     return repr(x)[:80]
 
 
@@ -173,6 +207,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(names) != len(pairs):
         raise ValueError("a name twice")
     return names
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
 
 
 def _bytes(x: Array) -> memoryview:

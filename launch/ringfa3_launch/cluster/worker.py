@@ -15,6 +15,7 @@ import queue
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ class Worker:
             self.state = "ended"
         except BaseException as error:
             self.failure = blame(error, self.info.rank)
+            if self.failure["sure"]:  # here and now: soon it is killed
+                traceback.print_exception(error)
             self.state = "failed"
             self._desk.tell({"failure": self.failure})
             self._joined.set()

@@ -1,21 +1,19 @@
 """safetensors from strangers: the header is read and believed only where it fits, before any memory is taken.
 
 A body is 8 bytes (length N of the header, little endian), N bytes of JSON, and the tensors' bytes one after another.
-Refused: a header that is too long or no JSON, duplicate names, other fields, dtypes that attention does not take,
-shapes that do not give the bytes, bytes that overlap, leave holes or go on after the last tensor.
+Refused: a header that is too long, or that `cluster.tensors.read_header` refuses (of JSON that is not as it should be,
+with bytes that overlap, leave holes or go on after the last tensor); dtypes that attention does not take.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ringfa3_launch.cluster.tensors import BadTensors, read_header
 from ringfa3_launch.service.errors import Refusal
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -64,10 +62,10 @@ async def read_tensors(
     size = _header_length(head, length, header_bytes)
     if len(head) < 8 + size:
         raise _bad(f"wanted a header of {size} bytes", f"{len(head) - 8}")
-    described = parse_header(bytes(head[8 : 8 + size]), length - 8 - size)
-    if set(described) != set(names):
-        raise _bad(f"wanted the tensors {', '.join(names)}", ", ".join(sorted(described))[:200] or "none")
-    check(described)
+    header = described(bytes(head[8 : 8 + size]), length - 8 - size)
+    if set(header) != set(names):
+        raise _bad(f"wanted the tensors {', '.join(names)}", ", ".join(sorted(header))[:200] or "none")
+    check(header)
     data = bytearray(length - 8 - size)
     filled = len(head) - 8 - size
     data[:filled] = head[8 + size :]
@@ -79,37 +77,23 @@ async def read_tensors(
         filled += len(chunk)
     if filled != len(data):
         raise _bad(f"wanted {len(data)} bytes of data", f"{filled}")
-    return {name: _tensor(data, each) for name, each in described.items()}
+    return {name: _tensor(data, each) for name, each in header.items()}
 
 
-def parse_header(text: bytes, length: int) -> dict[str, Described]:
-    """The tensors that a header describes, in the order of their bytes.
+def described(text: bytes, length: int) -> dict[str, Described]:
+    """The tensors that a header describes.
 
     Args:
         length: of the data that follow, in bytes.
 
     Raises:
-        Refusal: it is not a header of exactly those data.
+        Refusal: it is not a header of exactly those data, or they are not of DTYPES.
     """
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError):  # also bytes that are no UTF-8, and numbers of too many digits
-        raise _bad("wanted a header of JSON without duplicate names", "something else") from None
-    if not isinstance(header, dict):
-        raise _bad("wanted a JSON object as header", type(header).__name__)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _bad("__metadata__: wanted strings by name", "something else")
-    described = {name: _described(name, each) for name, each in header.items()}
-    at = 0
-    ordered = dict(sorted(described.items(), key=lambda item: (item[1].begin, item[1].end)))
-    for name, each in ordered.items():
-        if each.begin != at:
-            raise _bad(f"{name!r}: wanted data_offsets from {at}: no hole, no overlap", f"{each.begin}")
-        at = each.end
-    if at != length:
-        raise _bad(f"wanted tensors of {length} bytes together, as the body has", f"{at}")
-    return ordered
+        found = read_header(text, length, dtypes=tuple(DTYPES), dimensions=DIMENSIONS)
+    except BadTensors as error:
+        raise Refusal(400, str(error), param="body", code="invalid_safetensors") from None
+    return {name: Described(DTYPES[each.dtype], each.shape, each.begin, each.end) for name, each in found.items()}
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -129,30 +113,8 @@ def _header_length(head: bytearray, length: int, most: int) -> int:
     if size > length - 8:
         raise _bad("wanted a header within the body", f"a header of {size} bytes")
     if size > most:
-        raise Refusal(413, f"safetensors: wanted a header of at most {most} bytes, got {size}", code="header_too_large")
+        raise Refusal(413, f"tensors: wanted a header of at most {most} bytes, got {size}", code="header_too_large")
     return size
-
-
-def _described(name: str, entry: object) -> Described:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(f"{name!r}: wanted dtype, shape and data_offsets, no more", "others")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _bad(f"{name!r}: wanted dtype {', '.join(DTYPES)}", repr(dtype)[:40])
-    if not _sizes(shape) or len(shape) > DIMENSIONS:
-        raise _bad(f"{name!r}: wanted a shape of at most {DIMENSIONS} sizes", "something else")
-    if not _sizes(offsets) or len(offsets) != 2:
-        raise _bad(f"{name!r}: wanted data_offsets [begin, end]", "something else")
-    begin, end = offsets
-    bytes_ = math.prod(shape) * DTYPES[dtype].itemsize
-    if end - begin != bytes_:
-        raise _bad(f"{name!r}: wanted {bytes_} bytes, as shape and dtype say", f"{end - begin}")
-    return Described(DTYPES[dtype], tuple(shape), begin, end)
-
-
-def _sizes(value: object) -> bool:
-    """Whether it is a list of numbers that a size can be; so bounded that no product of them is long to compute."""
-    return isinstance(value, list) and all(type(each) is int and 0 <= each < 1 << 48 for each in value)
 
 
 def _tensor(data: bytearray, each: Described) -> torch.Tensor:
@@ -162,16 +124,5 @@ def _tensor(data: bytearray, each: Described) -> torch.Tensor:
     return torch.frombuffer(data, dtype=each.dtype, count=count, offset=each.begin).reshape(each.shape)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("duplicate names")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
-
-
 def _bad(wanted: str, got: str) -> Refusal:
-    return Refusal(400, f"safetensors: {wanted}, got {got}", param="body", code="invalid_safetensors")
+    return Refusal(400, f"tensors: {wanted}, got {got}", param="body", code="invalid_safetensors")

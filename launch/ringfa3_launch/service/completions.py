@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from ringfa3_launch.service.contract import Event
 from ringfa3_launch.service.errors import GONE, Refusal
-from ringfa3_launch.service.forms import ChatForm, Form, TextForm
+from ringfa3_launch.service.forms import ChatForm, Form, Ids, TextForm
 from ringfa3_launch.service.prompts import Prompt, chat_prompt, sampling_of, text_prompt
 from ringfa3_launch.service.schemas import (
     Asked,
@@ -149,7 +149,7 @@ async def respond(
     except BaseException:
         service.completions.leave()
         raise
-    answer = Answer(service, stream, form, request)
+    answer = Answer(service, stream, form, request, ids=bool(asked.return_token_ids))
     service.streams.add(stream)
     if not asked.stream:
         return await answer.whole()
@@ -158,10 +158,10 @@ async def respond(
 
 
 class Answer:
-    """One completion on its way to a client."""
+    """One completion on its way to a client. ids: its tokens' are told, too."""
 
-    def __init__(self, service: Service, stream: Stream, form: Form, request: Request) -> None:
-        self.service, self.stream, self.form, self.request = service, stream, form, request
+    def __init__(self, service: Service, stream: Stream, form: Form, request: Request, *, ids: bool) -> None:
+        self.service, self.stream, self.form, self.request, self.ids = service, stream, form, request, ids
         self.began: float = request.scope["state"]["began"]
         self.first: float | None = None  # when its first token came
         self.latest = 0.0  # and its latest
@@ -194,20 +194,23 @@ class Answer:
         return self._parts(batch, usage=usage)
 
     async def _collect(self) -> dict[str, Any]:
-        texts: list[str] = []
+        events: list[Event] = []
         while self.last is None or self.last.finish is None:
-            texts += [each.text for each in await self._batch(KEEPALIVE_S)]
-        return self.form.whole("".join(texts), self.last)
+            events += await self._batch(KEEPALIVE_S)
+        return self.form.whole("".join(each.text for each in events), self._tokens(events), self.last)
+
+    def _tokens(self, events: list[Event]) -> Ids:
+        return [each.token for each in events if each.token is not None] if self.ids else None
 
     async def _parts(self, batch: list[Event], *, usage: bool) -> AsyncGenerator[bytes, None]:
         """The first batch and all that follow, as server-sent events."""
         for opening in self.form.opening(usage=usage):
             yield event(opening)
         while True:
-            text = "".join(each.text for each in batch)
+            text, ids = "".join(each.text for each in batch), self._tokens(batch)
             finish = batch[-1].finish if batch else None
-            if text or finish:
-                yield event(self.form.part(text, finish, usage=usage))
+            if text or ids or finish:
+                yield event(self.form.part(text, ids, finish, usage=usage))
             elif not batch:
                 yield WAITING
             if finish:

@@ -1,4 +1,7 @@
-"""How an answer is written down: text or chat, whole or in parts, as OpenAI's API has them."""
+"""How an answer is written down: text or chat, whole or in parts, as OpenAI's API has them.
+
+Choices have token ids only where `ids` are given.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ from typing import Any, Protocol, Self
 
 from ringfa3_launch.service.contract import Event
 
+Ids = list[int] | None
+
 
 class Form(Protocol):
     """One of the two kinds of completion."""
 
-    def whole(self, text: str, last: Event) -> dict[str, Any]:
+    def whole(self, text: str, ids: Ids, last: Event) -> dict[str, Any]:
         """The answer in one piece."""
 
     def opening(self, *, usage: bool) -> list[dict[str, Any]]:
         """What comes before the first part of a stream."""
 
-    def part(self, text: str, finish: str | None, *, usage: bool) -> dict[str, Any]:
+    def part(self, text: str, ids: Ids, finish: str | None, *, usage: bool) -> dict[str, Any]:
         """A part of a stream. With usage the field is there, and null but in the last."""
 
     def ending(self, last: Event) -> dict[str, Any]:
@@ -61,14 +66,14 @@ class TextForm(_Signed):
     def new(cls, model: str) -> Self:
         return cls(f"cmpl-{secrets.token_hex(12)}", int(time.time()), model)
 
-    def whole(self, text: str, last: Event) -> dict[str, Any]:
-        return self._signed("text_completion", [_text(text, last.finish)], used(last))
+    def whole(self, text: str, ids: Ids, last: Event) -> dict[str, Any]:
+        return self._signed("text_completion", [_text(text, ids, last.finish)], used(last))
 
     def opening(self, *, usage: bool) -> list[dict[str, Any]]:
         return []
 
-    def part(self, text: str, finish: str | None, *, usage: bool) -> dict[str, Any]:
-        return self._signed("text_completion", [_text(text, finish)], usage)
+    def part(self, text: str, ids: Ids, finish: str | None, *, usage: bool) -> dict[str, Any]:
+        return self._signed("text_completion", [_text(text, ids, finish)], usage)
 
     def ending(self, last: Event) -> dict[str, Any]:
         return self._signed("text_completion", [], used(last))
@@ -82,24 +87,28 @@ class ChatForm(_Signed):
     def new(cls, model: str) -> Self:
         return cls(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), model)
 
-    def whole(self, text: str, last: Event) -> dict[str, Any]:
+    def whole(self, text: str, ids: Ids, last: Event) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": last.finish, "logprobs": None}
+        choice = {"index": 0, "message": message, "finish_reason": last.finish, "logprobs": None} | _of(ids)
         return self._signed("chat.completion", [choice], used(last))
 
     def opening(self, *, usage: bool) -> list[dict[str, Any]]:
-        return [self._chunk({"role": "assistant", "content": ""}, None, usage)]
+        return [self._chunk({"role": "assistant", "content": ""}, None, None, usage)]
 
-    def part(self, text: str, finish: str | None, *, usage: bool) -> dict[str, Any]:
-        return self._chunk({"content": text} if text else {}, finish, usage)
+    def part(self, text: str, ids: Ids, finish: str | None, *, usage: bool) -> dict[str, Any]:
+        return self._chunk({"content": text} if text else {}, ids, finish, usage)
 
     def ending(self, last: Event) -> dict[str, Any]:
         return self._signed("chat.completion.chunk", [], used(last))
 
-    def _chunk(self, delta: dict[str, Any], finish: str | None, usage: bool) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+    def _chunk(self, delta: dict[str, Any], ids: Ids, finish: str | None, usage: bool) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None} | _of(ids)
         return self._signed("chat.completion.chunk", [choice], usage)
 
 
-def _text(text: str, finish: str | None) -> dict[str, Any]:
-    return {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
+def _text(text: str, ids: Ids, finish: str | None) -> dict[str, Any]:
+    return {"index": 0, "text": text, "finish_reason": finish, "logprobs": None} | _of(ids)
+
+
+def _of(ids: Ids) -> dict[str, Any]:
+    return {} if ids is None else {"token_ids": ids}

@@ -84,6 +84,9 @@ class Asked(Strict):
         None, description="ours"
     )
     ignore_eos: bool | None = Field(None, description="go on after the model's end token; ours")
+    return_token_ids: bool | None = Field(
+        None, description="choices have token_ids, of this part's tokens in a stream; as vLLM's, but not of the prompt"
+    )
     stream: bool | None = Field(None, description="server-sent events, the last is [DONE]")
     stream_options: StreamOptions | None = Field(None, description="with stream only")
     session: Name | None = Field(
@@ -176,6 +179,7 @@ class CompletionChoice(BaseModel):
     text: str
     finish_reason: Literal["stop", "length"]
     logprobs: None
+    token_ids: list[int] | None = Field(None, description="where return_token_ids asked for them")
 
 
 class Completion(BaseModel):
@@ -204,6 +208,7 @@ class ChatChoice(BaseModel):
     message: Answer
     finish_reason: Literal["stop", "length"]
     logprobs: None
+    token_ids: list[int] | None = Field(None, description="where return_token_ids asked for them")
 
 
 class ChatCompletion(BaseModel):

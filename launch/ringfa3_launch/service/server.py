@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -13,13 +15,15 @@ from fastapi import FastAPI
 
 from ringfa3_launch.service.protocol import BoundedProtocol
 
+LOG = logging.getLogger("ringfa3.service")
 CONNECTIONS = 4096  # open at once; more are answered 503 by uvicorn, many more are closed
 IDLE_S = 75  # that a connection may be idle: longer than clients keep theirs, or they would ask into one just closed
 GRACE_S = 5  # for connections to close, after the requests have ended
+HASTE_S = 1  # the same, after a second signal
 
 
 class Server(uvicorn.Server):
-    """Serves the app on a listening socket until SIGTERM or SIGINT; a second signal ends it at once.
+    """Serves the app on a listening socket until SIGTERM or SIGINT; a second signal breaks off what is in flight.
 
     Args:
         app: of `create_app`.
@@ -59,13 +63,16 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
         """Called on a signal; from any thread."""
         assert self._loop is not None  # signals come here only while it serves
-        self._loop.call_soon_threadsafe(self._end)
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._end)
 
     def _end(self) -> None:
-        if self._ending is not None:
-            self.should_exit = self.force_exit = True
-            return
-        self._ending = asyncio.ensure_future(self._drain())
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._drain())
+        elif not self._app.state.service.hurried:
+            LOG.warning("told to end a second time: requests in flight are broken off")
+            self._app.state.service.hurried = True
+            self.config.timeout_graceful_shutdown = HASTE_S
 
     async def _drain(self) -> None:
         try:

@@ -64,6 +64,7 @@ class Service:
         self._facts: Facts | None = None
         self._names: OrderedDict[str, None] = OrderedDict()  # of conversations, the last used last
         self._begun: set[asyncio.Task[Any]] = set()
+        self.hurried = False  # `drain` waits no more
 
     async def call(self, fn: Callable[[], T]) -> T:
         """fn(), which computes on the gang, in a thread.
@@ -144,7 +145,7 @@ class Service:
         """Take no more requests, wait for those inside, and end what is left after so long."""
         self.draining.on = True
         until = time.monotonic() + seconds
-        while (self.completions.inside or self.attentions.inside) and time.monotonic() < until:
+        while (self.completions.inside or self.attentions.inside) and time.monotonic() < until and not self.hurried:
             await asyncio.sleep(0.05)
         for stream in list(self.streams):
             stream.fail(Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5))
