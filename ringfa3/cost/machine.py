@@ -94,8 +94,8 @@ class Machine:
         ring, anchors = "docs/results/ring.md", "H200, torch 2.11, NCCL 2.28.9, 2026-11-22"
         return Machine(
             name="NVIDIA H200",
-            forward=((2.2e12, 633.8), (35.2e12, 661.4), (563e12, 655.9)),  # net of launch and call
-            backward=((5.5e12, 336.0), (88e12, 385.5), (1407e12, 394.6)),
+            forward=((2.2e12, 663.4), (35.2e12, 662.7), (563e12, 655.9)),
+            backward=((5.5e12, 548.7), (88e12, 547.4), (352e12, 553.2)),
             head_dims=((64, 0.74, 0.88), (128, 1.0, 1.0), (256, 1.08, 0.79)),
             pull=(
                 (2, Link(((4 * MIB, 276), (64 * MIB, 365), (256 * MIB, 372)), 5e-6, 0.48)),
@@ -106,8 +106,8 @@ class Machine:
                 (4, Link(((4 * MIB, 83), (64 * MIB, 155), (256 * MIB, 302)), 20e-6, 1.12)),
             ),
             between=Link(((1 * MIB, 20), (16 * MIB, 40), (256 * MIB, 45)), 30e-6, 0.9),
-            launch=15e-6,
-            call=40e-6,
+            launch=10e-6,
+            call=30e-6,
             memory_bandwidth=4.3e12,
             memory=141e9,
             state=0.6,
@@ -116,7 +116,7 @@ class Machine:
             dtypes=("bf16", "fp16"),
             sources=(
                 ("kernel, forward", f"{ring}, one GPU, hopper kernel, causal, 32:8 heads, D 128"),
-                ("kernel, backward", f"{ring}, one GPU, forward+backward less forward (portable kernel)"),
+                ("kernel, backward", f"{ring}, one GPU, forward+backward less forward, hopper kernel"),
                 ("other head_dims", "docs/results/attend_forward.md forward; FA3's proportions backward"),
                 ("pull", f"symmetric-memory copies, 2 and 4 GPUs, {anchors}"),
                 ("sendrecv", f"NCCL send/recv, 2 and 4 GPUs, {anchors}"),

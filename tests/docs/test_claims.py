@@ -98,3 +98,16 @@ def test_one_gpu() -> None:
             quoted = re.fullmatch(r"(\d+) \((\d+), (\d+)\)", cell)
             assert quoted, cell
             assert all(map(rounded, quoted.groups(), figures)), case
+
+
+def test_a_long_prompt() -> None:
+    """The README's sentence on 128K tokens over two GPUs."""
+    rows = json.loads((RESULTS / "inference.json").read_text())["rows"]
+    one, two = (
+        next(r["ours"] for r in rows if f"S128K W{world}" in r["case"] and r["metric"] == "s to first token")
+        for world in (1, 2)
+    )
+    quoted = re.search(r"first token after ([\d.]+) s on the two, ([\d.]+) times", (ROOT / "README.md").read_text())
+    assert quoted
+    assert rounded(quoted[1], two)
+    assert rounded(quoted[2], one / two)

@@ -44,7 +44,8 @@ def gradients(f: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     results = f(*leaves)
     results = [x for x in (results if isinstance(results, tuple) else (results,)) if x is not None]
-    sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in results).backward()
+    weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape) for x in results]
+    sum((x * weight).sum() for x, weight in zip(results, weights, strict=True)).backward()
     return [x.detach() for x in results] + [x.grad for x in leaves if x.grad is not None]
 
 

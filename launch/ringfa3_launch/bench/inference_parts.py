@@ -8,16 +8,21 @@ from ringfa3_launch.bench.inference_case import Kernel, Sizes
 from ringfa3_launch.bench.timing import Clock, Contestant, Timing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-MERGES = 32  # in a graph, as many as a model has layers
+CALLS = 32  # in a graph, as many as a model has layers
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 32 << 20}  # of a device copy: far more than any cache between
 
 
 def time_kernel(
     sizes: Sizes, length: int, batch: int, *, page_size: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> Kernel:
-    """Decode attention of one layer, one new token a sequence, over pages in random order; and a copy, in turn."""
+    """Decode attention of one layer, one new token a sequence, over pages in random order; and a copy, in turn.
+
+    On a GPU as a decode step has it: many in one CUDA graph, so that no launch counts.
+    """
     import torch
 
     from ringfa3_kernels import Visible, decode
@@ -33,16 +38,12 @@ def time_kernel(
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     with torch.inference_mode():
-        decode(q, k, v, table, visible)
-        timings = Clock(device, None).interleaved(
-            [
-                Contestant("decode", lambda: decode(q, k, v, table, visible)),
-                Contestant("copy", lambda: target.copy_(source)),
-            ],
-            seconds,
-        )
+        call, times = _captured(lambda: decode(q, k, v, table, visible), device)
+        contestants = [Contestant("decode", call), Contestant("copy", lambda: target.copy_(source))]
+        timings = Clock(device, None).interleaved(contestants, seconds)
     read = 2 * batch * length * sizes.Hkv * sizes.D * dtype.itemsize
-    return Kernel(length, batch, timings["decode"], read, 2 * source.nbytes / timings["copy"].median)
+    each = Timing(tuple(t / times for t in timings["decode"].seconds))
+    return Kernel(length, batch, each, read, 2 * source.nbytes / timings["copy"].median)
 
 
 def time_merge(sizes: Sizes, batch: int, ranks: Any, *, device: torch.device, seconds: float) -> Timing:
@@ -62,20 +63,27 @@ def time_merge(sizes: Sizes, batch: int, ranks: Any, *, device: torch.device, se
         shards.all_gather(every.view(-1), mine.view(-1), group=ranks.group)
         joined(every, None)
 
-    call, times = merge, 1
     with torch.inference_mode():
-        merge()
-        if device.type == "cuda":
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                merge()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph, times = torch.cuda.CUDAGraph(), MERGES
-            with torch.cuda.graph(graph):
-                for _ in range(times):
-                    merge()
-            call = graph.replay
+        call, times = _captured(merge, device)
         clock = Clock(device, ranks.group or torch.distributed.group.WORLD)
         timing = clock.interleaved([Contestant("merge", call)], seconds)["merge"]
     return Timing(tuple(t / times for t in timing.seconds))
+
+
+def _captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
+    """What does this many calls at once; called once before, so that it is compiled."""
+    import torch
+
+    call()
+    if device.type != "cuda":
+        return call, 1
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    return graph.replay, CALLS
