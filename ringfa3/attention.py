@@ -109,8 +109,8 @@ def ring_attention(
         dropout_seed: an integer in [0, 2**64), the same on every rank. None: drawn from torch's default generator (the
             CPU's), which torch.manual_seed must have set alike on all ranks: they compare, so agree=False wants a seed.
             Its backward pass drops the same, and so does a checkpoint's recomputation: one that would not, with
-            preserve_rng_state=False or a seed that has changed, is refused. Only a seed of the caller's that a
-            reentrant checkpoint finds changed goes unnoticed.
+            preserve_rng_state=False or a seed that has changed, is refused. Only a seed or dropout_p of the
+            caller's that a reentrant checkpoint finds changed goes unnoticed.
         agree: compare the call between the ranks first, and watch over them. An Agreement, for another timeout than
             300 s. False: neither; then shards that the layout does not deal evenly need a plan, and ranks that differ,
             die or stall are a hang or a crash.

@@ -117,8 +117,8 @@ class Gang:
             commons: Commons
             if device.type == "cuda":
                 party = Party(meeting, _get_process_group_store(self._living()))
-                self._parties.append(party)
                 commons = CudaCommons(meeting, peers, party.name, device)
+                self._parties.append(party)
             else:
                 commons = HostCommons(meeting, peers)
             pool = self._pools[key] = Pool(commons)

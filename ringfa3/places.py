@@ -57,7 +57,8 @@ def drawn_seed() -> int:
 
     Raises:
         ValueError: a CUDA graph is captured, every replay of which would drop the same; or a reentrant checkpoint will
-            recompute this call without the generator's state, and nobody could tell afterwards that it drew another.
+            recompute this call without the generator's state, and nobody could tell afterwards that it drew another
+            (within no_grad it would not, but that cannot be seen from here).
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise ValueError(
@@ -69,13 +70,14 @@ def drawn_seed() -> int:
 
 
 def kept(dropout: Dropout | None) -> tuple[Tensor, ...]:
-    """For autograd to save beside the other tensors: the seed, int64 [] on the CPU; nothing where nothing is dropped.
+    """For autograd to save beside the other tensors: seed and share, int64 [2] on the CPU; nothing without dropout.
 
     A checkpoint throws away what is saved, and has in its place what its recomputation saves: see `changed`.
     """
     if dropout is None:
         return ()
-    return (torch.tensor(dropout.seed - (2**64 if dropout.seed >= 2**63 else 0)),)
+    seed = dropout.seed - (2**64 if dropout.seed >= 2**63 else 0)
+    return (torch.tensor([seed, dropout.threshold], dtype=torch.int64, device="cpu"),)  # whatever the default device is
 
 
 def changed(dropout: Dropout | None, saved: Sequence[Tensor]) -> ValueError | None:
@@ -85,9 +87,9 @@ def changed(dropout: Dropout | None, saved: Sequence[Tensor]) -> ValueError | No
         dropout: the forward pass's.
         saved: what autograd has for what `kept` gave.
     """
-    if [x.item() for x in saved] == [x.item() for x in kept(dropout)]:
+    if [x.tolist() for x in saved] == [x.tolist() for x in kept(dropout)]:
         return None
-    return ValueError(f"dropout_seed: wanted {REPEATABLE}, got another seed when it recomputed")
+    return ValueError(f"dropout_seed: wanted {REPEATABLE}, got another seed or dropout_p when it recomputed")
 
 
 def _forgetful(frame: FrameType | None) -> bool:

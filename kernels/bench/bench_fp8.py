@@ -6,8 +6,9 @@ PYTHONPATH=kernels python kernels/bench/bench_fp8.py [isolate] [check] [time] [-
 `isolate` takes the kernel apart piece by piece (a minute; first, where it has never run). `check` compares with fp64
 and exits 1 if anything is wrong. `time` lets the table's tile, its variants, our bf16 forward and FlashAttention-3
 (`fa3_sgl`, where it can be imported: peers/prepare.py fp8) take turns; with --out docs/results/fp8 it writes rows, a
-table and a plot. "with quantize" begins with bf16 tensors, and is held against FlashAttention-3 on tensors already
-quantised: it has no quantiser. None named: check and time. All compile in parallel first.
+table and a plot, and the variants' rows into fp8_tune.json. "with quantize" begins with bf16 tensors, and is held
+against FlashAttention-3 on tensors already quantised: it has no quantiser. None named: check and time. All compile in
+parallel first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--variants", default="", help="regular expression on the variants' names")
     parser.add_argument("--quick", action="store_true", help="fewer checks and shorter turns")
     parser.add_argument("--list", action="store_true", help="print the cases and checks, run nothing (needs no GPU)")
-    parser.add_argument("--out", type=Path, help="write PATH.json, PATH.md and PATH.png")
+    parser.add_argument("--out", type=Path, help="write PATH.json, PATH.md, PATH.png and PATH_tune.json")
     options = parser.parse_args()
     what = options.what or ["check", "time"]
     if not {"isolate", "check", "time"}.issuperset(what):
@@ -214,15 +215,18 @@ def main() -> None:
     if "time" in what:
         precompile(cases, options.variants)
         rows: list[Row] = []
+        others: list[Row] = []
+        command = " ".join(["python", "kernels/bench/bench_fp8.py", *sys.argv[1:]])
         for case in cases:
             shown, tried = timed(case, options.variants, turns=4, ms=10.0 if options.quick else 20.0)
             print(*(_line(row) for row in [*shown, *tried]), sep="\n", flush=True)
-            rows += shown
+            rows, others = rows + shown, others + tried
             torch.cuda.empty_cache()
-        if options.out:
-            save(options.out, rows, " ".join(["python", "kernels/bench/bench_fp8.py", *sys.argv[1:]]))
-            tuned = options.out.with_suffix(".json")
-            print(f"wrote {tuned}: {len(json.loads(tuned.read_text())['rows'])} rows")
+            if options.out:  # after every case: a run may be cut short
+                save(options.out, rows, command)
+                tuned = {"command": command, "versions": rounds.versions(), "rows": [asdict(row) for row in others]}
+                path = options.out.with_name(f"{options.out.name}_tune.json")
+                path.write_text(json.dumps(tuned, indent=1) + "\n")
 
 
 def _line(row: Row) -> str:

@@ -133,7 +133,10 @@ def compare(case: str, times: Mapping[str, Time], work: float, *, ours: str, met
     ]
 
 
-TURNS = "Each peer by turns with ours, two by two, in one process; ratio > 1: ours is faster."
+TURNS = (
+    "Each peer by turns with ours, two by two, in one process; ratio > 1: ours is faster. Beside a peer that draws "
+    "less power ours runs on a higher clock: compare peers by their own column."
+)
 TOGETHER = "All by turns in one process; ratio > 1: ours is faster."
 
 

@@ -116,9 +116,16 @@ def check_rows(model: Any) -> None:
 
 
 def has_loss_function(model: Any) -> bool:
-    """Whether a model's forward, or one that it overrides, asks model.loss_function, which heeds shift_labels."""
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(model).__mro__ if "forward" in vars(kind))
-    return any("loss_function" in getattr(getattr(each, "__code__", None), "co_names", ()) for each in forwards)
+    """Whether a model's forward, or one called by super(), asks model.loss_function, which heeds shift_labels."""
+    for kind in type(model).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        names = getattr(getattr(inspect.unwrap(vars(kind)["forward"]), "__code__", None), "co_names", ())
+        if "loss_function" in names:
+            return True
+        if not {"super", "forward"} <= set(names):
+            return False
+    return False
 
 
 def check_layers(model: Any) -> None:

@@ -66,6 +66,9 @@ class Renumbered(Store):
         return [self.get(key) for key in keys]
 
     def _renamed(self, key: str) -> str:
-        purpose, number, rank = key.rsplit("/", 2)
+        purpose, *place = key.rsplit("/", 2)
+        if len(place) < 2:  # not of a trade
+            return key
+        number, rank = place
         known = self._numbers[purpose]
         return f"{purpose}/{known.setdefault(number, len(known))}/{rank}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ringfa3
-from ringfa3 import Mask, Plan
+from ringfa3 import Mask, Plan, places
 from ringfa3.flash_attn import flash_attn_func
 from ringfa3_kernels import Dropout, Unsupported, Visible
 from tests.kernels.places import kept
@@ -306,7 +306,17 @@ def test_a_checkpoint_that_would_drop_otherwise_is_refused(world, call, reentran
 
 def test_a_seed_that_changes_is_refused(world):
     for said in world(2)(forgetful, "ring", False, [2**64 - 1, 2**63 - 1]):
-        assert "got another seed when it recomputed" in said
+        assert "got another seed or dropout_p when it recomputed" in said
+
+
+def test_what_is_saved_of_dropout_lies_on_the_cpu():
+    """Autograd's thread, which recomputes, has the default device of its own."""
+    with torch.device("meta"):
+        (saved,) = places.kept(Dropout(0.25, 2**64 - 1))
+    assert saved.device.type == "cpu"
+    assert places.changed(Dropout(0.25, 2**64 - 1), [saved]) is None
+    for other in (Dropout(0.5, 2**64 - 1), Dropout(0.25, 1)):
+        assert isinstance(places.changed(other, [saved]), ValueError)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

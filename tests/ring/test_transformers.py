@@ -17,6 +17,7 @@ from ringfa3 import Mask
 from ringfa3.integrations import transformers as integration
 from ringfa3.integrations.context_parallel import context_parallel
 from ringfa3.integrations.transformers import Sight, attention, padding_documents, sequence_parallel
+from ringfa3.integrations.words import has_loss_function
 
 S = 37  # uneven on 2 and on 3 ranks
 TOLERANCE = 2e-5  # of logits and gradients, relative to the largest: fp32 through two layers
@@ -213,6 +214,28 @@ class Shifting(transformers.LlamaPreTrainedModel):  # type: ignore[misc]
         logits = self.head(self.model(input_ids=input_ids, position_ids=position_ids, **kwargs).last_hidden_state)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return loss, logits
+
+
+class Overriding(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A forward of its own in the place of one that heeds shift_labels."""
+
+    forward = Shifting.forward
+
+
+class Calling(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A forward that calls the one that heeds them."""
+
+    def forward(self, **given: Any) -> Any:
+        return super().forward(**given)
+
+
+def test_who_heeds_shift_labels() -> None:
+    model = build("llama")
+    heeding = []
+    for kind in (type(model), Calling, Overriding, Shifting):
+        model.__class__ = kind
+        heeding.append(has_loss_function(model))
+    assert heeding == [True, True, False, False]
 
 
 def test_a_loss_that_would_shift_labels_again_is_refused() -> None:

@@ -83,8 +83,9 @@ class Rounds:
             count = len(self.stamps)
             first = sum(stamps[0] for stamps in self.stamps) / count - self.begun
             together = max(stamps[0] for stamps in self.stamps)  # before it prompts are read between the tokens
-            late = [[s for s in stamps if s >= together] or stamps[-1:] for stamps in self.stamps]
-            each = sum((s[-1] - s[0]) / max(1, len(s) - 1) for s in late) / count
+            late = [[s for s in stamps if s >= together] for stamps in self.stamps]
+            late = [s for s in late if len(s) > 1]  # nobody, where a token is all that is answered
+            each = sum((s[-1] - s[0]) / (len(s) - 1) for s in late) / max(1, len(late))
             self.times.append((first, each, max(stamps[-1] for stamps in self.stamps) - self.begun))
         self.left -= 1
         if self.left and not self.failure:

@@ -24,7 +24,6 @@ OPEN = ("/live", "/ready", "/", "/page/")  # no token: probes, and a page that h
 ALWAYS = ("/live", "/ready", "/metrics")  # answered while the service drains
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 TENSORS, JSON = "application/octet-stream", "application/json"
-ENDING = Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
@@ -82,7 +81,7 @@ class Guard:
             if not self.draining.on:
                 raise
             if visit.status is None:  # the server ends, and waits no more
-                await ENDING.answer()(scope, receive, reply)
+                await _ending().answer()(scope, receive, reply)
         except Exception as error:  # a refusal, or what nobody expected: answered, counted and logged like all else
             if visit.status is None:
                 await refusal(error).answer()(scope, receive, reply)
@@ -105,7 +104,7 @@ class Guard:
         ):
             raise Refusal(401, "Authorization: wanted Bearer and this server's token, got another", code="wrong_token")
         if self.draining.on and path not in ALWAYS:
-            raise ENDING
+            raise _ending()
         if method in ("POST", "PUT", "PATCH"):
             self._check_body(headers, visit)
         elif visit.length or "transfer-encoding" in headers:
@@ -198,6 +197,11 @@ class Visit:
             await send(message)
 
         return reply
+
+
+def _ending() -> Refusal:
+    """A new one for each: a raised one keeps the frames it passed."""
+    return Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
 
 
 class _Upload:
