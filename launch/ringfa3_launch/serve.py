@@ -40,7 +40,8 @@ examples:
   ringfa3 serve --host 0.0.0.0 --token-file token.txt   for other machines
 
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "SmolLM2-135M-Instruct.Q4_1", "messages": [{"role": "user", "content": "What is a ring?"}]}'"""
+    -d '{"model": "SmolLM2-135M-Instruct.Q4_1", "max_tokens": 32, "temperature": 0,
+         "messages": [{"role": "user", "content": "What is the capital of France?"}]}'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from ringfa3_launch.cluster.tensors import pack
 from ringfa3_launch.service import Access, Limits
 from ringfa3_launch.service.guard import LOOPBACK, TENSORS
 from ringfa3_launch.service.schemas import ChatRequest, CompletionRequest
+from ringfa3_launch.service.server import bind
 from tests.launch.toy_gang import ToyGang, answer, serving
 
 TOKEN = "a-token-of-this-server"
@@ -585,3 +586,10 @@ def test_limits_are_checked() -> None:
 def test_what_a_proxy_says_is_a_service_error(body: str) -> None:
     with pytest.raises(client.ServiceError, match=r"Bad Gateway"):
         client._check(httpx.Response(502, text=body))
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    """getaddrinfo would serve on 34463 for 99999."""
+    with pytest.raises(ValueError, match=f"--port: wanted 0 to 65535, got {port}"):
+        bind("127.0.0.1", port)

@@ -91,14 +91,16 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket at this address, port 0 takes a free one. Callers are refused until a Server listens on it.
 
     Raises:
-        ValueError: the address is taken, or is not this machine's.
+        ValueError: the address is taken, is not this machine's, or is none.
     """
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 2^16
+        raise ValueError(f"--port: wanted 0 to 65535, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:  # a port beyond 65535 is the latter
+    except OSError as error:
         raise ValueError(f"--host, --port: wanted an address that is free, got {host} {port} ({error})") from None
     return bound
