@@ -177,13 +177,12 @@ def _compile(job: tuple[Case, Fp8Config | None]) -> str:
 
 
 def save(path: Path, rows: list[Row], command: str) -> None:
-    """Write path.json, path.md and path.png; rows of other metrics (accuracy) that are there already stay."""
+    """Write path.json and path.md; rows of other metrics (accuracy) that are there already stay."""
     found = path.with_suffix(".json")
     kept = [Row(**row) for row in json.loads(found.read_text())["rows"]] if found.exists() else []
     kept = [row for row in kept if row.metric != "TFLOP/s"]
     title = "Forward attention on fp8, one GPU"
     rounds.save(path, [*rows, *kept], command=command, title=title, method=rounds.TOGETHER)
-    plot(path, rows)
 
 
 def main() -> None:
@@ -227,6 +226,8 @@ def main() -> None:
                 tuned = {"command": command, "versions": rounds.versions(), "rows": [asdict(row) for row in others]}
                 path = options.out.with_name(f"{options.out.name}_tune.json")
                 path.write_text(json.dumps(tuned, indent=1) + "\n")
+        if options.out:
+            plot(options.out, rows)
 
 
 def _line(row: Row) -> str:

@@ -39,6 +39,7 @@ from torch._inductor import config as inductor
 import ringfa3
 from ringfa3.flash_attn import flash_attn_func
 from ringfa3_launch import machine
+from ringfa3_launch.bench.inference_report import grid, row
 from ringfa3_launch.bench.report import commit, save
 
 ASKED = 50.0  # us
@@ -205,10 +206,10 @@ def document(cases: Sequence[Case], sizes: Sizes) -> dict[str, Any]:
     for case in cases:
         name = f"fwd+bwd causal {shape} {case.name}"
         ours, theirs = min(case.times["compiled"]), min(case.times["eager"])
-        rows.append(_row(name, "host us a step", ours, case.spread("compiled"), "eager", theirs, theirs / ours))
+        rows.append(row(name, "host us a step", ours, case.spread("compiled"), "eager", theirs, theirs / ours))
         if case.name == JUDGED:
             ratio = ASKED / case.more if case.more > 0 else None  # nothing is added: no ratio says how little
-            rows.append(_row(name, "host us over eager", case.more, None, "asked, at most", ASKED, ratio))
+            rows.append(row(name, "host us over eager", case.more, 0.0, "asked, at most", ASKED, ratio))
     return {
         "command": shlex.join(["python", "launch/bench/compile_overhead.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -222,24 +223,17 @@ def document(cases: Sequence[Case], sizes: Sizes) -> dict[str, Any]:
 def markdown(found: dict[str, Any], said: str) -> str:
     """The table for people."""
     columns = ("case", "metric", "ours", "spread", "peer", "theirs", "ratio")
-    grid = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in found["rows"])]
+    lines = [["-" if each[name] is None else str(each[name]) for name in columns] for each in found["rows"]]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [
         "# What torch.compile adds on the host",
         f"{found['device']}, {found['date']}, commit {found['commit']}; {versions}.",
         f"    {found['command']}",
-        "\n".join("| " + " | ".join("-" if x is None else str(x) for x in line) + " |" for line in grid),
+        grid(columns, lines),
         f"{said[0].upper()}{said[1:]}. ours is compiled code (inductor, fullgraph but where graph breaks are named).",
         " ".join((__doc__ or "").split("\n\n")[2].split()),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _row(*values: Any) -> dict[str, Any]:
-    """A row of docs/results' format."""
-    names = ("case", "metric", "ours", "spread", "peer", "theirs", "ratio")
-    rounded = (float(f"{x:.4g}") if isinstance(x, float) else x for x in values)
-    return dict(zip(names, rounded, strict=True))
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ class Machine:
                 ("stall beside a transfer", f"3.32 ms of attention beside 128 MiB, {anchors}"),
                 ("between hosts", "assumed: 400 Gb/s a GPU at 90%; not measured"),
                 ("latency, launch, call", "assumed, near what 16K tokens on 2 GPUs lack; not measured alone"),
-                ("state from hop to hop", "docs/results/attend_forward.md: into= at 8K costs 1.9%"),
+                ("state from hop to hop", "docs/results/attend_forward.md: into= at 8K costs 2.3%"),
                 ("memory bandwidth", f"device copy, {anchors}"),
             ),
         )

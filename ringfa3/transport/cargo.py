@@ -1,7 +1,7 @@
 """Cargo: what travels of a shard, any tensors that lie along its keys; a slice of them in one buffer is a message.
 
 A call packs, finds room for and cuts many slices of few lengths, while the device waits for what comes after: how a
-message lies is worked out once, and each tensor in it costs one operation.
+message lies is worked out once, and each tensor in it costs one operation (two where dtypes differ).
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ PLAIN = Along()  # of tensors [B, n, ...]
 
 @lru_cache(maxsize=64)
 def _form(tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...], along: tuple[Along, ...]) -> Form:
-    """One for equal arguments, as long as it is in use."""
+    """One for equal arguments, of the last ones asked for."""
     dtypes = {dtype for _, dtype in tensors}
     same = len(dtypes) == 1 and tensors[0][1].itemsize > 1
     return Form(tensors, along, tensors[0][1] if same else torch.uint8)
