@@ -162,7 +162,8 @@ def bounds_of_rows(
 def whose_rows(cu_seqlens_q: Tensor, rows: int) -> Tensor:
     """Which sequence each packed row is of, int32 [rows]; past the last sequence one more than there are."""
     row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens_q.device)
-    return torch.searchsorted(cu_seqlens_q[1:], row, right=True, out_int32=True)
+    # Not over cu_seqlens_q[1:]: inductor of torch 2.11 cannot search a slice on a GPU
+    return (torch.searchsorted(cu_seqlens_q, row, right=True, out_int32=True) - 1).clamp_(min=0)
 
 
 def check_cu_seqlens(of: str, cu_seqlens: Tensor, total: int, longest: int, capacity: int | None = None) -> None:

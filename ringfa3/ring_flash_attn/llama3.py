@@ -207,7 +207,7 @@ def _narrow(whole: Plan, start: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor)
     if cu_seqlens_q.numel() < 2:  # no documents, and so no rows
         return whole
     row = torch.arange(rows, dtype=torch.int32, device=whole.device)
-    document = torch.searchsorted(cu_seqlens_q[1:], row, right=True).clamp_(max=cu_seqlens_q.numel() - 2)
+    document = (torch.searchsorted(cu_seqlens_q, row, right=True) - 1).clamp_(0, cu_seqlens_q.numel() - 2)
     hops = []
     for hop in whole.hops:
         base = start - whole.dealing.runs[hop.source][0][0] - hop.keys.start
