@@ -44,8 +44,10 @@ test: .venv/installed .triton-next/installed ## the whole suite, on two cores
 	$(PY) -m pytest -q -n 2 --dist loadfile || \
 	  { [ $$? -eq 1 ] && echo 'These failed beside others: once more, alone' && $(PY) -m pytest -v --last-failed --maxfail 1; }
 
+# They wait for compilers: one worker a core, as long as the GPU has memory for each
+GPU_WORKERS := 16
 test-gpu: $(ENV) ## the gpu tests, on this machine's GPUs; writes docs/results/gpu_receipt.json
-	$(PY) -m pytest tests/gpu -q -p no:benchmark -n 16 --dist loadgroup --receipt docs/results/gpu_receipt.json
+	$(PY) -m pytest tests/gpu -q -p no:benchmark -n $(GPU_WORKERS) --dist loadgroup --receipt docs/results/gpu_receipt.json
 
 bench: $(ENV) ## attention benchmark: table, JSON and plot under docs/results
 	$(PY) -m ringfa3_launch bench attention --out docs/results

@@ -90,10 +90,11 @@ def ring_attention(
             mesh, its axes named "ulysses" and "ring" (or nameless, in that order), deals positions over the ring axis
             and heads over the ulysses axis, along which ranks hold contiguous slices of one shard.
         layout: how the sequence was dealt: "zigzag" (default), "contiguous", "striped", "balanced" or a Layout.
-        transport: "pull" (ranks of one host read each other's memory), "ring", "gather", "hierarchical" (pull inside a
-            host, ring between hosts; "hierarchical:2" takes every 2 ranks for a host), or "auto": gather where a rank's
-            keys and values are below 64 KiB, else on GPUs pull or hierarchical where their places allow, else ring. Or
-            "ulysses": the whole group deals heads, no hops; its layout is "contiguous".
+        transport: "pull" (ranks of one host read each other's memory; "pull:3" lands slices in 3 buffers, not 2),
+            "ring", "gather", "hierarchical" (pull inside a host, ring between hosts; "hierarchical:2" takes every 2
+            ranks for a host), or "auto": gather where a rank's keys and values are below 64 KiB, else on GPUs pull or
+            hierarchical where their places allow, else ring. Or "ulysses": the whole group deals heads, no hops; its
+            layout is "contiguous".
         deterministic: gradients bitwise equal from run to run, at some cost.
         return_lse: also return the log-sum-exp of every row; differentiable. It includes the sink.
         async_op: return a `Handle` at once; its wait() gives the result. Calls of one group run in the order in which
@@ -131,7 +132,7 @@ def ring_attention(
         q, k, v, causal=causal, window=window, documents=documents, softcap=softcap, sink_logits=sink_logits,
         scale=scale, plan=plan, layout=layout, transport=transport, deterministic=deterministic, mask=mask, impl=impl,
         fp8=fp8, group=group, agree=agree, grad=wants_grad(q, k, v), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+        dropout_seed=dropout_seed, return_lse=return_lse, async_op=async_op,
     )  # fmt: skip
     if not async_op:
         return _finish(task, q, k, v, None, sink_logits, return_lse)

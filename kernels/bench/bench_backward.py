@@ -1,7 +1,7 @@
 """The backward on one GPU: is it right, and how fast beside FlashAttention-3, cuDNN and portable, all passes included?
 
 PYTHONPATH=kernels python kernels/bench/bench_backward.py [check] [time] [sweep] [--only REGEX] [--quick] [--list]
-    [--out PATH]
+    [--rounds N] [--out PATH]
 
 `check` compares every combination of flags with fp64 on fresh random inputs, prints PASS or FAIL, exits 1 if any is
 wrong. `time` prints ratios and, with --out docs/results/attend_backward, writes JSON, Markdown and a plot: row_delta
@@ -43,9 +43,9 @@ K = 1024
 TITLE = "Backward attention on one GPU, all passes"
 # what is worth trying beside the table, by padded head_dim
 CHANGES: dict[int, list[dict[str, Any]]] = {
-    64: [{"WRITER": True}, {"STAGGER": True}],
-    128: [{"WRITER": True}, {"STAGGER": True}],
-    256: [{"STAGGER": True}],
+    64: [{"WRITER": False}],
+    128: [{"WRITER": True}, {"WRITER": False}],
+    256: [],
 }
 
 
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="check, time, sweep; check and time if none is named")
     parser.add_argument("--only", default="", help="regular expression on case names")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--rounds", type=int, help="turns of each pair that are timed (6; sweep 7; with --quick 4)")
     parser.add_argument("--list", action="store_true", help="print the cases and their tiles, run nothing (no GPU)")
     parser.add_argument("--out", type=Path, help="write PATH.json, PATH.md and PATH.png")
     options = parser.parse_args()
@@ -288,12 +289,12 @@ def main() -> None:
         right = check_backward.run(checks)
     if "sweep" in what:
         precompile(chosen, alternatives=True)
-        sweep(chosen, turns=4 if options.quick else 7)
+        sweep(chosen, turns=options.rounds or (4 if options.quick else 7))
     if "time" in what:
         precompile(chosen, alternatives=False)
         rows: list[rounds.Row] = []
         for case in chosen:
-            rows += timed(case, turns=4 if options.quick else 6)
+            rows += timed(case, turns=options.rounds or (4 if options.quick else 6))
             print(*(bench_attend._line(r) for r in rows if r.case == name(case)), sep="\n", flush=True)
             torch.cuda.empty_cache()
             if options.out:  # after every case: a run may be cut short

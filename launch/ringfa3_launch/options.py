@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # torch's names, and the short ones
 
 
 def gpus_for(device: str) -> int:
@@ -40,8 +44,13 @@ def checked_transport(option: str, name: str, *, more: str = "") -> str:
         choose.check(name)
     except ValueError:
         names = ", ".join(choose.NAMES)
-        raise ValueError(f"{option}: wanted {names}, hierarchical:RANKS{more}, got {name!r}") from None
+        raise ValueError(f"{option}: wanted {names}, hierarchical:RANKS, pull:BUFFERS{more}, got {name!r}") from None
     return name
+
+
+def dtype_name(text: str) -> str:
+    """torch's name of a dtype, from either of its names; argparse's type=, before its choices=."""
+    return {short: name for name, short in DTYPES.items()}.get(text, text)
 
 
 def made_folder(option: str, path: Path) -> Path:
@@ -54,6 +63,20 @@ def made_folder(option: str, path: Path) -> Path:
     if why:
         raise ValueError(f"{option}: wanted a folder that can be made and written to, got {path} ({why})")
     return path
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """A model's files are read in here: where they are missing or broken, a ValueError says so in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, ValueError) and refuses(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--model: wanted one whose files can be read, got {name} ({why})") from error
 
 
 def refuses(error: ValueError) -> bool:

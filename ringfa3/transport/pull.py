@@ -27,6 +27,8 @@ from ringfa3.transport.pool import SHARD, Pool
 from ringfa3.transport.route import hull, length
 from ringfa3.transport.transport import KV, Shard
 
+DEPTH = 2
+
 
 class Pull:
     """Shards are read from their owners' memory; see the module.
@@ -36,7 +38,7 @@ class Pull:
         depth: landing buffers, among them that of the slice a hop computes with; and slots of the outbox.
     """
 
-    def __init__(self, pool: Pool, *, depth: int = 2) -> None:
+    def __init__(self, pool: Pool, *, depth: int = DEPTH) -> None:
         if depth < 1:
             raise ValueError(f"depth: wanted at least 1, got {depth}")
         self.pool, self.depth = pool, depth

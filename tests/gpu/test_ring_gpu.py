@@ -90,10 +90,10 @@ def ring_case(rank: int, size: int, case: Case) -> None:
     agrees(case, p, found)
 
 
+@pytest.mark.parametrize("transport", ["ring", "gather"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_equals_one_gpu(gpu_world, layout, mask):
-    transport = ("ring", "gather")[(LAYOUTS.index(layout) + list(MASKS).index(mask)) % 2]
+def test_equals_one_gpu(gpu_world, layout, mask, transport):
     gpu_world(2)(ring_case, Case(MASKS[mask], layout, options=(("transport", transport),)))
 
 

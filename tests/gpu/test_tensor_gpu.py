@@ -20,7 +20,7 @@ from ringfa3.gang import Gang
 from ringfa3.inference.runner import Runner
 from tests.gpu.test_runner_gpu import CONFIGS, build, ids, judge
 
-pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, engine")]
+pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, tensor")]
 
 SOON = 20.0  # seconds; the process group's timeout is 60
 _meshes: dict[tuple[int, int], DeviceMesh] = {}  # of this process: communicators are not made again for every test

@@ -35,7 +35,7 @@ def test_steps_find_their_graphs(name: str) -> None:
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.xdist_group("ranks, engine")
+@pytest.mark.xdist_group("ranks, warm")
 def test_a_cluster_answers_as_without(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     torch.cuda.empty_cache()

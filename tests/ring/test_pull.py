@@ -104,8 +104,8 @@ def test_every_slice_arrives_and_every_gradient_comes_home(world, size, depth):
 
 TRANSPORTS = {
     2: ("pull", "hierarchical:1"),
-    3: ("pull", "hierarchical:3"),
-    4: ("hierarchical:2", "pull", "hierarchical"),
+    3: ("pull:1", "hierarchical:3"),
+    4: ("hierarchical:2", "pull:3", "hierarchical"),
 }
 
 
@@ -372,11 +372,13 @@ def test_depth_is_checked():
         Pull(None, depth=0)
 
 
-@pytest.mark.parametrize("name", ["pul", "pull:2", "hierarchical:", "hierarchical:0", "hierarchical:x", 3])
+@pytest.mark.parametrize(
+    "name", ["pul", "pull:0", "pull:x", "ring:2", "hierarchical:", "hierarchical:0", "hierarchical:x", 3]
+)
 def test_names_are_checked(name):
     with pytest.raises(ValueError, match="transport: wanted one of 'auto', 'pull'"):
         check(name)
-    for known in ("auto", "pull", "hierarchical", "hierarchical:2"):
+    for known in ("auto", "pull", "pull:1", "hierarchical", "hierarchical:2"):
         check(known)
 
 
