@@ -271,7 +271,7 @@ class BackwardConfig:
 
 # (D, MASK) -> tile of the backward; kernels/bench/bench_backward.py sweep times the alternatives to each row.
 BACKWARD_TABLE: dict[tuple[int, int], BackwardConfig] = {
-    **{(64, mask): BackwardConfig(64, 128, WRITER=True) for mask in (FULL, CAUSAL, INTERVALS)},
+    **{(64, mask): BackwardConfig(64, 128, WRITER=mask != FULL) for mask in (FULL, CAUSAL, INTERVALS)},
     **{(128, mask): BackwardConfig(128, 64, WRITER=mask != FULL) for mask in (FULL, CAUSAL, INTERVALS)},
     **{
         (256, mask): BackwardConfig(256, 64, 64, DO_STAGES=1, SPLIT_D=True, PARTS=2)
