@@ -266,17 +266,15 @@ class Journal:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             for torso in (self.folder / "checkpoints").glob("*.partial"):
                 shutil.rmtree(torso)
-        dist.barrier()
         kept = self.folder / "arguments.json"
-        if kept.exists():
-            for name, before in json.loads(kept.read_text()).items():
-                if arguments.get(name) != before:
-                    option = "--" + name.replace("_", "-")
-                    raise ValueError(
-                        f"{option}: wanted {before}, as in the run that {self.folder} holds, or --fresh, "
-                        f"got {arguments.get(name)}"
-                    )
-        dist.barrier()
+        held = of_rank_0(json.loads(kept.read_text()) if writes and kept.exists() else {})
+        for name, before in held.items():
+            if arguments.get(name) != before:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{option}: wanted {before}, as in the run that {self.folder} holds, or --fresh, "
+                    f"got {arguments.get(name)}"
+                )
         if writes:
             kept.write_text(json.dumps(arguments, indent=1) + "\n")
 
@@ -289,13 +287,16 @@ class Journal:
         found = (self.folder / "checkpoints").glob("step-*")
         return max((int(path.name.removeprefix("step-")) for path in found if path.suffix != ".partial"), default=0)
 
-    def resume(self, step: int) -> None:
-        """Go on after this step: forget what a run that was killed has written since."""
-        lines = (self.folder / "curve.jsonl").read_text().splitlines()[:step] if step else []
-        self.losses = [json.loads(line)["loss"] for line in lines]
-        dist.barrier()
-        if self.writes:
+    def resume(self) -> int:
+        """Go on after the newest checkpoint, its step: forget what a run that was killed has written since."""
+        step, lines = 0, list[str]()
+        if self.writes:  # alone: a shared folder need not show the same to all hosts
+            step = self.newest()
+            lines = (self.folder / "curve.jsonl").read_text().splitlines()[:step] if step else []
             (self.folder / "curve.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        step, lines = of_rank_0((step, lines))
+        self.losses = [json.loads(line)["loss"] for line in lines]
+        return step
 
     def add(self, step: int, loss: float) -> None:
         """One more step."""
@@ -323,6 +324,13 @@ class Journal:
         pyplot.close(figure)
 
 
+def of_rank_0(x: Any) -> Any:
+    """What rank 0 gives, on all ranks."""
+    box = [x]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def save(journal: Journal, step: int, model: Any, optimizer: Any) -> None:
     """A checkpoint by all ranks; it gets its name once it is whole."""
     whole = journal.checkpoint(step)
@@ -341,8 +349,7 @@ def save(journal: Journal, step: int, model: Any, optimizer: Any) -> None:
 
 def restore(journal: Journal, model: Any, optimizer: Any) -> int:
     """Load the newest checkpoint, written by any number of ranks; its step, 0 where there is none."""
-    step = journal.newest()
-    journal.resume(step)
+    step = journal.resume()
     if step:
         weights, moments = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": weights, "optimizer": moments}

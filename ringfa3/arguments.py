@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ringfa3.agree import Signature
+from ringfa3.entrance import checked_flag
 from ringfa3.fp8 import Fp8, check_fp8, served_order
 from ringfa3.layout import Layout, resolve
 from ringfa3.mask import Mask
@@ -104,6 +105,8 @@ def check(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    return_lse: bool = False,
+    async_op: bool = False,
     compared: bool = True,
 ) -> Arguments:
     """The call's arguments, if they go together on this rank; see `ring_attention`.
@@ -121,6 +124,9 @@ def check(
     if q.shape[2] == 0:
         raise ValueError("q: wanted at least one head, got 0")
     choose.check(transport)
+    deterministic = checked_flag("deterministic", deterministic)
+    for name, given in (("return_lse", return_lse), ("async_op", async_op)):
+        checked_flag(name, given)
     alone = transport == "ulysses" and axes is None  # Ulysses over the whole group
     if plan is not None:
         _check_plan(plan, q, k, world, rank, axes, line(world) if alone else axes)
@@ -167,7 +173,7 @@ def check(
         scale,
         softcap,
         transport,
-        bool(deterministic),
+        deterministic,
         impl,
         grad,
         sink_logits is not None,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +42,17 @@ def entrance(function: Function) -> Function:
         return _operator(q, k, v, **options) if traced(q, k, v) else function(q, k, v, **options)
 
     return cast(Function, enter)
+
+
+def checked_flag(name: str, x: Any) -> bool:
+    """An option that is on or off. As flash-attn's binding takes them: numpy's bools, 0 and 1 too, and no words.
+
+    Raises:
+        ValueError: it is none of these; names it.
+    """
+    if isinstance(x, bool | np.bool_) or (isinstance(x, int) and x in (0, 1)):
+        return bool(x)
+    raise ValueError(f"{name}: wanted True or False, got {x!r}")
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -125,7 +137,8 @@ def _operator(
     ):
         if not isinstance(given, kinds):
             raise ValueError(f"{name}: wanted {wanted} under torch.compile, got {type(given).__name__}")
-    if async_op:
+    deterministic, return_lse = checked_flag("deterministic", deterministic), checked_flag("return_lse", return_lse)
+    if checked_flag("async_op", async_op):
         raise Unsupported("async_op: wanted False under torch.compile, which overlaps nothing with a call, got True")
     for name, given in others.items():
         if isinstance(given, Tensor) or given:

@@ -6,17 +6,20 @@ Not shipped. On the GPUs of this machine, or in ranks that torchrun started:
     python launch/bench/scaling.py --device cpu --world 2 --unit 16 --heads 2:1 --head-dim 32    a dry run, a minute
 
 Machines of 4 and 8 GPUs are lent for minutes: cases come in order of importance, those that would not fit into
---seconds are skipped by name, and scaling.json is written anew after every case.
+--seconds are skipped by name, and scaling.json is written anew after every case. Last comes what the engine adds, a
+prompt of 128K tokens for Llama-3-8B's shape and the decode's merges (not in ranks that torchrun started); its rows are
+in scaling.json too. A trace: ringfa3 trace --seqlen 64K --backward
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ringfa3_launch.bench import inference, report
 from ringfa3_launch.bench.attention import integers, subset
 from ringfa3_launch.bench.case import DTYPES, RING_PEERS, Case
 from ringfa3_launch.bench.match import Match
@@ -39,10 +42,13 @@ def main() -> int:
     program, heading = asked(args, info)
     silent = info is not None and info.rank > 0
     console = Console(rich=not silent)
-    notes = absent()
+    notes = absent(args, info)
     world = max(match.case.world for match in program.matches)
     played = play(program, world, info, console, heading=heading, out=args.out, name=args.name, notes=notes)
-    return 0 if silent else report_on(played, heading, console, notes=notes)
+    if silent:
+        return 0
+    status = report_on(played, heading, console, notes=notes)
+    return status if notes else max(status, engine(args, world, program.device))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--world", type=int, help="ranks (default: all GPUs, or those that torchrun started; CPU 2)")
     options.add_argument("--seconds", type=float, default=500.0, help="for everything (default 500)")
+    options.add_argument("--engine", type=float, default=60.0, help="of them for the engine; 0: without (default 60)")
     options.add_argument("--rounds", type=float, default=3.0, help="seconds of a case's rounds (default 3)")
     options.add_argument("--limit", type=float, default=90.0, help="seconds that a first call may take (default 90)")
     options.add_argument("--transports", metavar="LIST", help="default: all that ringfa3 has for this world")
@@ -88,7 +95,8 @@ def asked(args: argparse.Namespace, info: RankInfo | None) -> tuple[Program, str
         checked_transport("--transports", name if mesh is None else mesh[2], more=", mesh:UxR or mesh:UxR:TRANSPORT")
     case = Case("fwd", "causal", args.head_dim, *heads, args.unit, world, args.dtype or ("bf16" if gpus else "fp32"))
     matches = plan_of(case, transports, peers, unit=args.unit, rounds=args.rounds, impl=args.impl)
-    program = Program(tuple(matches), "cuda" if gpus else "cpu", args.seed, args.limit, args.seconds)
+    seconds = args.seconds if absent(args, info) else args.seconds - args.engine
+    program = Program(tuple(matches), "cuda" if gpus else "cpu", args.seed, args.limit, seconds)
     return program, f"scaling to {world} ranks, D{case.D}, H{case.Hq}:{case.Hkv}, {case.dtype}"
 
 
@@ -130,19 +138,41 @@ def plan_of(
     found += [duel(at(n * world), flat, (), rounds, parts=(KERNELS,), impl=impl) for n in (8, 32)]
     found.append(single(at(longest, direction="fwd+bwd"), lead, impl=impl))
     found += [ours(64, w) for w in subworlds] + [ours(64, w, "fwd+bwd") for w in subworlds]  # strong
-    found.append(beside_causal(at(256, mask=f"window={4 * unit}"), lead, ("zigzag",), rounds, impl=impl))
+    window = f"window={4 * unit}"
+    found.append(beside_causal(at(256, mask=window), lead, ("zigzag",), rounds, impl=impl))
+    found += [
+        beside_causal(at(64, direction="fwd+bwd", mask=mask), lead, (layout,), rounds, impl=impl)
+        for mask, layout in (("packed", "balanced"), (window, "zigzag"))
+    ]
     found += [full(16), full(128), full(256), full(256, "fwd+bwd"), full(32), full(512)]
     found.append(single(at(longest), flat, impl=impl))
     return _once(found)
 
 
-def absent() -> tuple[str, ...]:
-    """What is part of the scaling run and cannot be measured in this version."""
-    if importlib.util.find_spec("ringfa3.inference") is not None:
-        reason = "ringfa3.inference is there, but this script has no rows for it yet"
-    else:
-        reason = "ringfa3.inference does not exist in this version"
+def absent(args: argparse.Namespace, info: RankInfo | None) -> tuple[str, ...]:
+    """What is part of the scaling run and is not measured with these options."""
+    if info is None and args.engine > 0:
+        return ()
+    reason = "--engine 0" if info is None else "the ranks are torchrun's: see `ringfa3 bench inference`"
     return f"decode merge latency: {reason}", f"128K prefill of the 8B shape: {reason}"
+
+
+def engine(args: argparse.Namespace, world: int, device: str) -> int:
+    """`ringfa3 bench inference` in as many ranks: NAME_inference.*, and its rows in NAME.json; the exit status."""
+    options, name = argparse.ArgumentParser(), f"{args.name}_inference"
+    inference.add_arguments(options)
+    words = f"--worlds {world} --device {device} --rounds 1 --tokens 16 --no-peer --kernels none --name {name}"
+    asked = options.parse_args([*words.split(), "--lengths", str(128 * args.unit)])
+    asked.out = args.out
+    if args.out is not None:
+        (args.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
+    status = inference.run(asked)
+    if args.out is not None and (args.out / f"{name}.json").exists():
+        found, added = (json.loads((args.out / f"{x}.json").read_text()) for x in (args.name, name))
+        report.save(found | {"rows": found["rows"] + added["rows"]}, args.out, args.name)
+        with (args.out / f"{args.name}.md").open("a") as page:
+            page.write(f"\nThe prompt of 128K tokens and the decode's merges: [{name}.md]({name}.md).\n")
+    return status
 
 
 def _once(matches: list[Match]) -> list[Match]:

@@ -69,7 +69,7 @@ class Checkpoint:
         written to `folder` in fp32 for the ranks.
 
         Raises:
-            ValueError: a package is missing that reads GGUF.
+            ValueError: a package is missing that reads GGUF; or the model is none that is served, says why.
         """
         if self.gguf is not None:
             missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
@@ -77,14 +77,33 @@ class Checkpoint:
                 raise ValueError(f"--model: wanted {', '.join(missing)} (pip install) to read {self.gguf}, got none")
         import torch
         from safetensors.torch import save_model
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from ringfa3.inference.model import load
+        from ringfa3_kernels import Unsupported
 
         if self.gguf is None:
+            self.check_served(self.folder)
             return self.folder, AutoTokenizer.from_pretrained(self.folder)
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.gguf)
-        model = AutoModelForCausalLM.from_pretrained(self.folder, gguf_file=self.gguf, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # of the file: the weights are not quantised any more
+        try:
+            model, tokenizer = load(self.folder / self.gguf, device="cpu", dtype=torch.float32)
+        except Unsupported as error:
+            raise self._refused(error) from None
         model.config.save_pretrained(folder)
         save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         return folder, tokenizer
+
+    def check_served(self, folder: Path) -> None:
+        """Raise ValueError, saying why, for a plain folder with a model that the ranks cannot run."""
+        from transformers import AutoConfig
+
+        from ringfa3.inference.model import served, text_config
+        from ringfa3_kernels import Unsupported
+
+        try:
+            served(text_config(AutoConfig.from_pretrained(folder)))
+        except Unsupported as error:
+            raise self._refused(error) from None
+
+    def _refused(self, why: Exception) -> ValueError:
+        return ValueError(f"--model: wanted one that can be served, got {self.name} ({why})")

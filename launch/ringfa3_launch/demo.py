@@ -132,7 +132,6 @@ def perform(checkpoint: Checkpoint, setting: Setting, text: list[str], console: 
             meter = Meter(console, advance)
             meter.tell("unpack", 0, f"unpacking {checkpoint.name}")
             folder, tokenizer = checkpoint.unpack(Path(scratch))
-            check_served(checkpoint, folder)
             prompt = haystack.prompt(tokenizer, setting.tokens, text)
             dtype = "bfloat16" if setting.place == "cuda" else "float32"
             reading = Reading(folder, prompt.ids, dtype, ANSWER_TOKENS, stop_ids(folder, tokenizer, len(prompt.ids)))
@@ -143,19 +142,6 @@ def perform(checkpoint: Checkpoint, setting: Setting, text: list[str], console: 
     finally:
         torch.set_num_threads(threads)
     return outcome_of(checkpoint, setting, prompt, tokenizer, alone, reports, errors)
-
-
-def check_served(checkpoint: Checkpoint, folder: Path) -> None:
-    """Raise ValueError, saying why, for a model that the ranks cannot run."""
-    from transformers import AutoConfig
-
-    from ringfa3.inference.model import served
-    from ringfa3_kernels import Unsupported
-
-    try:
-        served(AutoConfig.from_pretrained(folder))
-    except Unsupported as error:
-        raise ValueError(f"--model: wanted one that can be served, got {checkpoint.name} ({error})") from None
 
 
 def stop_ids(folder: Path, tokenizer: Any, tokens: int) -> frozenset[int]:

@@ -285,9 +285,10 @@ def generate(
 def load(folder: Path, dtype: str, device: torch.device) -> Any:
     """The model of a plain folder, ready to be asked."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    from ringfa3.inference.model import read
+
+    return read(folder, dtype=getattr(torch, dtype)).to(device)
 
 
 def watch(model: Any, tell: Callable[[float], None]) -> list[Any]:

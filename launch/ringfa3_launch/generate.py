@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 from ringfa3_launch.checkpoint import Checkpoint, hush
 from ringfa3_launch.generate_ranks import Answer, Asked, Tell, respond, unheard
 from ringfa3_launch.local import local
-from ringfa3_launch.options import gpus_for
+from ringfa3_launch.options import DTYPES, dtype_name, gpus_for
 from ringfa3_launch.rank import RankInfo, init, launched
 
 if TYPE_CHECKING:
     from ringfa3.inference import Sampling
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DESCRIPTION = """\
 Answer one prompt. Its keys and values are sharded over the ranks: each prefills its part of every chunk and keeps what
 it computed; decode reads all of it. With --tp N groups of N ranks share the weights and their heads. The answer goes to
@@ -61,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--ranks", type=int, metavar="N", help="processes of this machine (all GPUs; 2 on CPUs)")
     where.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the weights (1)")
     where.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where ranks run (auto)")
-    where.add_argument("--dtype", choices=DTYPES, help="of weights and cache (GPU bf16, CPU fp32)")
+    where.add_argument(
+        "--dtype", type=dtype_name, choices=DTYPES, help="of weights and cache (GPU bfloat16, CPU float32)"
+    )
     where.add_argument("--chunk", type=int, metavar="N", help="prompt tokens prefilled at once (GPU 8192, CPU 1024)")
     where.add_argument("--page-size", type=int, default=64, metavar="N", help="tokens in a page of the cache (64)")
     where.add_argument("--prefill", choices=("auto", "pass-kv", "pass-q"), default="auto", help="what travels (auto)")
@@ -120,7 +121,7 @@ def asked_from(args: argparse.Namespace, info: RankInfo | None) -> tuple[Asked, 
     text = prompt_of(args, info)
     checkpoint = Checkpoint.find(args.model)
     folder = checkpoint.folder if checkpoint.gguf is None else checkpoint.folder / checkpoint.gguf
-    dtype = DTYPES[args.dtype or ("bf16" if place == "cuda" else "fp32")]
+    dtype = args.dtype or ("bfloat16" if place == "cuda" else "float32")
     chunk = args.chunk or (8192 if place == "cuda" else 1024)
     asked = Asked(
         folder, checkpoint.name, text, args.chat, args.system, sampling_of(args), dtype, chunk, args.page_size,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringfa3_launch.checkpoint import Checkpoint
+from ringfa3_launch.options import reading
 from ringfa3_launch.rank import RankInfo, pick_device
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Asked:
         checkpoint = Checkpoint.find(str(self.folder))
         if checkpoint.gguf is None:
             return self
-        folder, tokenizer = checkpoint.unpack(scratch)
+        with reading(self.name):
+            folder, tokenizer = checkpoint.unpack(scratch)
         tokenizer.save_pretrained(folder)
         return replace(self, folder=folder)
 
@@ -127,7 +129,8 @@ def respond(info: RankInfo, asked: Asked, outbox: connection.Connection | Tell |
     device = pick_device(info.local_rank, info.local_world, "cuda" if on_gpu else "cpu")
     cp = info.world // asked.tp
     mesh = None if asked.tp == 1 else init_device_mesh(device.type, (cp, asked.tp), mesh_dim_names=("cp", "tp"))
-    model, tokenizer = load(asked.folder, device=device, dtype=getattr(torch, asked.dtype), group=mesh)
+    with reading(asked.name):
+        model, tokenizer = load(asked.folder, device=device, dtype=getattr(torch, asked.dtype), group=mesh)
     ids = asked.ids(tokenizer)
     pages = pages_for(len(ids), asked.sampling.max_tokens, cp, asked.chunk, asked.page_size)
     runner = Runner(

@@ -11,9 +11,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, util
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -22,7 +22,7 @@ from ringfa3_launch.rank import SAFE_ENVIRONMENT, RankInfo, init, pick_device
 
 T = TypeVar("T")
 
-LEAVING = 2.0  # seconds that ranks get to end by themselves after their results: killed, they would leave semaphores
+LEAVING = 2.0  # seconds that ranks get to end by themselves: killed, they would leave semaphores
 
 
 def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeout: float | None = None) -> list[T]:
@@ -62,6 +62,10 @@ def local(n: int, fn: Callable[..., T], *args: Any, device: str = "auto", timeou
             return results
         finally:
             for rank in ranks:
+                rank.inbox.close()  # tells it
+            told = time.monotonic()
+            for rank in ranks:
+                rank.process.join(max(0.0, told + LEAVING - time.monotonic()))
                 rank.end()
 
 
@@ -101,7 +105,6 @@ class _Rank:
             self.process.kill()
         self.process.join()
         self.process.close()
-        self.inbox.close()
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class _Failure:
 
 def _start(info: RankInfo, fn: Callable[..., Any], args: tuple[Any, ...], place: str) -> _Rank:
     context = get_context("spawn")  # fork would copy CUDA's and OpenMP's state, which neither survives
-    inbox, outbox = context.Pipe(duplex=False)
+    inbox, outbox = context.Pipe()  # both ways: the rank hears it close
     process = context.Process(target=_serve, args=(info, fn, args, place, outbox), name=f"rank {info.rank}")
     with _interrupts_held():
         process.start()
@@ -189,7 +192,7 @@ def _serve(
     info: RankInfo, fn: Callable[..., Any], args: tuple[Any, ...], place: str, outbox: connection.Connection
 ) -> None:
     """The life of a rank: join, call fn, send its result or its failure."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(outbox,), daemon=True).start()
     for name, value in SAFE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if sys.platform == "linux":
@@ -207,14 +210,13 @@ def _serve(
     except BaseException as error:
         _fail(outbox, error)
     outbox.send_bytes(answer)
-    outbox.close()
 
 
 def _fail(outbox: connection.Connection, error: BaseException) -> NoReturn:
     outbox.send_bytes(_packed(error))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # not an orderly exit: destructors may wait for peers that will never answer
+    _leave()
 
 
 def _packed(error: BaseException) -> bytes:
@@ -228,10 +230,17 @@ def _packed(error: BaseException) -> bytes:
     return data
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(outbox: connection.Connection) -> None:
     parent = parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
+    connection.wait([parent.sentinel, outbox])
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """No orderly exit: destructors may wait for peers that will never answer. But semaphores are unlinked."""
+    with suppress(Exception):
+        util._run_finalizers(0)  # type: ignore[attr-defined]
     os._exit(1)
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ringfa3_launch.checkpoint import Checkpoint, hush
-from ringfa3_launch.options import gpus_for
+from ringfa3_launch.options import DTYPES, dtype_name, gpus_for, reading
 
 if TYPE_CHECKING:
     from ringfa3_launch.service import Access, Limits
 
 TOKEN = "RINGFA3_TOKEN"
 SHORTEST = 16  # characters of a token: shorter ones can be guessed
+CHUNK = 512  # prompt tokens a step, during which others wait
 
 DESCRIPTION = """\
 Serve over HTTP: completions in OpenAI's form (/v1/completions, /v1/chat/completions), attention and sessions on
@@ -63,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--ranks", type=int, metavar="N", help="default: every GPU; 2 on CPUs")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the model's weights (1)")
     what.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    what.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights")
+    what.add_argument("--dtype", type=dtype_name, choices=("auto", *DTYPES), default="auto", help="of weights")
     what.add_argument("--pages", type=int, metavar="N", help="pages of the cache a rank (default: what memory allows)")
-    what.add_argument("--chunk", type=int, default=512, metavar="N", help="prompt tokens a step (512)")
+    what.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help="prompt tokens a step (512)")
     what.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
     what.add_argument("--launcher", choices=("local", "ray"), default="local", help="who starts the ranks")
     limits = parser.add_argument_group("limits")
@@ -123,14 +124,18 @@ def start(args: argparse.Namespace, folder: Path, gpus: int) -> Any:
         gpus: that it may use; 0: CPU ranks.
 
     Raises:
-        ValueError: an option is wrong; names it.
+        ValueError: an option is wrong, or the ranks cannot be started; names it.
     """
+    from ringfa3 import RankFailed
     from ringfa3_launch.cluster import RingCluster
 
     ranks, options = cluster_options(args, folder, gpus)
     print(f"ringfa3: starting {ranks} {'GPU' if gpus else 'CPU'} ranks ({args.launcher})", flush=True)
     begin = RingCluster.ray if args.launcher == "ray" else RingCluster.local
-    cluster = begin(ranks, **options)
+    try:
+        cluster = begin(ranks, **options)
+    except (RankFailed, OSError) as error:
+        raise ValueError(f"the ranks could not be started: {error}") from error
     if args.model_name is not None:
         cluster.model_name = args.model_name
     return cluster
@@ -145,16 +150,22 @@ def cluster_options(args: argparse.Namespace, folder: Path, gpus: int) -> tuple[
         raise ValueError(f"--tp: wanted a divisor of the number of ranks, {ranks}, got {args.tp}")
     options: dict[str, Any] = {"device": "cuda" if gpus else "cpu", "chunk": args.chunk}
     if args.attention_only:
-        of_models = {"model": None, "model_name": None, "pages": None, "dtype": "auto", "tp": 1, "no_graphs": False}
+        of_models = {
+            "model": None, "model_name": None, "pages": None, "dtype": "auto", "tp": 1, "chunk": CHUNK,
+            "no_graphs": False,
+        }  # fmt: skip
         for name, default in of_models.items():
             if (given := getattr(args, name)) != default:
                 raise ValueError(f"--attention-only: wanted no --{name.replace('_', '-')} beside it, got {given!r}")
         return ranks, options
+    if args.model_name == "":
+        raise ValueError("--model-name: wanted a name, got none")
     checkpoint = Checkpoint.find(args.model)
     print(f"ringfa3: reading {checkpoint.name}", flush=True)
     unpacked = folder / checkpoint.name
     unpacked.mkdir()
-    path, tokenizer = checkpoint.unpack(unpacked)
+    with reading(checkpoint.name):
+        path, tokenizer = checkpoint.unpack(unpacked)
     if path == unpacked:
         tokenizer.save_pretrained(path)
     options |= {"model": path, "dtype": args.dtype, "tp": args.tp, "graphs": not args.no_graphs}

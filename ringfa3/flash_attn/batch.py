@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringfa3.entrance import checked_flag
 from ringfa3.flash_attn import places
 from ringfa3.flash_attn.operation import attention, check_shapes, sides, unpacked
 from ringfa3.flash_attn.recent import Recent
@@ -50,6 +51,7 @@ def flash_attn_func(
         Unsupported: no implementation serves this call.
     """
     left, right = sides(window_size, causal)
+    return_attn_probs = checked_flag("return_attn_probs", return_attn_probs)
     check_shapes("[B, S, H, D]", q=q, k=k, v=v)
     bounds = q.shape[1], k.shape[1], left, right, q.device
     visible = _RECENT.get((), bounds, q.device, lambda: bottom_right(*bounds))

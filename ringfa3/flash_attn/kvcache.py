@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringfa3.entrance import checked_flag
 from ringfa3.flash_attn.operation import check_shapes, sides
 from ringfa3.flash_attn.paged import check_block_table, check_pages, decodes, read_pages
 from ringfa3.flash_attn.places import at_end
@@ -75,6 +76,8 @@ def flash_attn_with_kvcache(
         ValueError, Unsupported: as `flash_attn_func`; before anything is written.
     """
     left, right = sides(window_size, causal)
+    rotary_interleaved = checked_flag("rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = checked_flag("return_softmax_lse", return_softmax_lse)
     if not isinstance(num_splits, int) or num_splits < 0:
         raise ValueError(f"num_splits: wanted an integer of at least 0, got {num_splits!r}")
     _check_caches(q, k_cache, v_cache, k, v)

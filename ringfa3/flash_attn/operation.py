@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringfa3.entrance import autocasted, plain, sharded, traced
+from ringfa3.entrance import autocasted, checked_flag, plain, sharded, traced
 from ringfa3.places import changed, kept
 from ringfa3_kernels import Unsupported, Visible, attend, attend_backward, row_delta
 
@@ -25,8 +25,7 @@ def sides(window_size: Any, causal: bool) -> tuple[int, int]:
     Raises:
         ValueError: not two integers of at least -1, or causal is not a bool.
     """
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal: wanted True or False, got {causal!r}")
+    causal = checked_flag("causal", causal)
     try:
         left, right = (operator.index(side) for side in window_size)
     except (TypeError, ValueError):
@@ -83,6 +82,7 @@ def attention(
     Raises:
         ValueError, Unsupported: as `ringfa3_kernels.attend`.
     """
+    deterministic = checked_flag("deterministic", deterministic)
     compiled = False
     if not plain(q, k, v):
         if sharded(q, k, v):
@@ -99,10 +99,10 @@ def attention(
         if places:
             raise Unsupported("places: wanted no dropout_p and no alibi_slopes of fake tensors, got some")
         bounds = (visible.lo, visible.hi) if visible.kind == "intervals" else (None, None)
-        options = softmax_scale, softcap, bool(deterministic)
+        options = softmax_scale, softcap, deterministic
         out, lse = torch.ops.ringfa3.attend(q, k, v, *bounds, visible.kind, *options)
     else:
-        out, lse = _Attention.apply(q, k, v, visible, softmax_scale, softcap, bool(deterministic), places or {})
+        out, lse = _Attention.apply(q, k, v, visible, softmax_scale, softcap, deterministic, places or {})
     return (out[..., :D] if missing else out), lse
 
 

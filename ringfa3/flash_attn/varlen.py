@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringfa3.entrance import checked_flag
 from ringfa3.flash_attn import padded, places
 from ringfa3.flash_attn.operation import attention, check_shapes, sides, unpacked
 from ringfa3.flash_attn.paged import check_block_table, check_pages, decodes, read_pages
@@ -60,6 +61,7 @@ def flash_attn_varlen_func(
         ValueError, Unsupported: as `flash_attn_func`.
     """
     reach = sides(window_size, causal)
+    return_attn_probs = checked_flag("return_attn_probs", return_attn_probs)
     check_shapes("[total, H, D]", q=q)
     check_tensors(q, cu_seqlens_q, cu_seqlens_k)
     longest = _length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_k", max_seqlen_k)

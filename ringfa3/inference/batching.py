@@ -22,6 +22,14 @@ from ringfa3.inference.schedule import Request, Scheduler, Step
 from ringfa3.inference.text import Tokenizer, Transcript
 
 _log = logging.getLogger(__name__)
+# Of a model's generation config: what changes its greedy answers, and the numbers with which it does not
+UNHEEDED: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("stop_strings", "watermarking_config"), ()),
+}
 
 
 class Busy(RuntimeError):
@@ -51,6 +59,8 @@ class Batching:
         self.runner, self.tokenizer, self.max_waiting = runner, tokenizer, max_waiting
         self.eos = frozenset(_eos(runner, tokenizer) if eos is None else eos)
         self.rank, self.leads = rank, rank == 0
+        if self.leads and (unheeded := _unheeded(runner)):
+            _log.warning("the model's generation config asks for %s, which answers do not heed", ", ".join(unheeded))
         self._scheduler = Scheduler(runner.pages, chunk=chunk, max_running=max_running, share=share)
         self._counters = Counters()
         self._answers: dict[int, Answer] = {}
@@ -340,6 +350,13 @@ class Batching:
     def _pages_used(self) -> tuple[int, ...]:
         pages = self.runner.pages
         return tuple(pages.used(rank) for rank in range(pages.world))
+
+
+def _unheeded(runner: Any) -> list[str]:
+    """What the model's generation config asks for, that transformers' generate would do and this package does not."""
+    config = getattr(getattr(runner, "model", None), "generation_config", None)
+    given = {name: getattr(config, name, None) for name in UNHEEDED}
+    return [f"{name} {value}" for name, value in given.items() if value and value not in UNHEEDED[name]]
 
 
 def _eos(runner: Any, tokenizer: Any) -> tuple[int, ...]:

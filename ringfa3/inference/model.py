@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from ringfa3.inference.attend import Step
+from ringfa3.inference.gguf_config import read_config
 from ringfa3.inference.ranks import Axes
 from ringfa3.inference.tensor import split
 from ringfa3.integrations.transformers import HARMLESS, rules
@@ -41,6 +42,9 @@ NAME = "ringfa3-paged"  # the attn_implementation
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss")
 LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 SEEN_LENGTH = frozenset({"dynamic", "longrope"})  # RoPE whose frequencies depend on the longest position of the pass
+TEXT_WEIGHTS = {
+    "gemma3": {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
+}  # by model_type of models that also see: what their files call the text model's weights -> what it calls them itself
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -75,18 +79,39 @@ def load(
 
     Raises:
         ValueError: there is no model; says what was wanted.
-        Unsupported: it is none of the models that `served` names, or its weights cannot be shared by so many.
+        Unsupported: it is none of the models that `served` names, or its weights cannot be shared by so many; or see
+            `read`.
+    """
+    model = read(path, dtype=dtype)
+    split(model, Axes.of(group).tensor)
+    return model.to(device).eval(), load_tokenizer(path)
+
+
+def read(path: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM there, whole, on the host: as `load` reads it. Of a model that also sees, its text model.
+
+    Raises:
+        ValueError: there is no model, or some of its weights are missing.
+        Unsupported: it is not served; or its GGUF file says what transformers would not do, and we do not either.
     """
     folder, gguf = _found(Path(path))
     files = {} if gguf is None else {"gguf_file": gguf}
-    if gguf is None:  # before gigabytes are read; from a GGUF file the config alone takes as long as a small model
-        served(AutoConfig.from_pretrained(folder, local_files_only=True))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **files)
+    if gguf is not None:
+        config = read_config(folder / gguf)
+    else:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    text = text_config(config)
+    served(text)  # before gigabytes are read
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, config=text, dtype=dtype, local_files_only=True, output_loading_info=True,
+        key_mapping=TEXT_WEIGHTS.get(config.model_type), **files,
+    )  # fmt: skip
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"path: wanted all weights of {str(path)!r}, got none for {len(missing)}, as {missing[0]}")
     if gguf is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the file's: the weights are not quantised any more
-    served(model.config)
-    split(model, Axes.of(group).tensor)
-    return model.to(device).eval(), load_tokenizer(path)
+    checked: PreTrainedModel = model
+    return checked
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -98,12 +123,30 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, **files)
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of what `read` makes of a folder: of a model that also sees, its text model's; others' own.
+
+    Raises:
+        Unsupported: the weights of one that also sees are quantised.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind not in TEXT_WEIGHTS:
+        return config
+    if getattr(config, "quantization_config", None) is not None:  # it names the modules of the whole
+        raise Unsupported(f"model {kind!r}: its weights are quantised; without that, its text model is served")
+    text: PreTrainedConfig = config.get_text_config()
+    return text
+
+
 def served(config: PreTrainedConfig) -> None:
     """Raise Unsupported for a model that this package can't serve; says what it has that is in the way."""
     kind = getattr(config, "model_type", None)
     for name in ("vision_config", "audio_config"):
         if getattr(config, name, None) is not None:
-            raise Unsupported(f"model {kind!r}: it has a {name}, only text is served (load its text model)")
+            raise Unsupported(
+                f"model {kind!r}: it has a {name}, only text is served ('load' takes the text model of folders of "
+                f"{', '.join(TEXT_WEIGHTS)})"
+            )
     if getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"model {kind!r}: it is an encoder-decoder, only causal LMs are served")
     if kind not in FAMILIES:
@@ -112,7 +155,8 @@ def served(config: PreTrainedConfig) -> None:
     if others:
         raise Unsupported(f"model {kind!r}: it has layers of {', '.join(sorted(others))}, which are no attention")
     for rope in _ropes(config):
-        if rope.get("rope_type") in SEEN_LENGTH:
+        alike = rope.get("rope_type") == "longrope" and rope.get("short_factor") == rope.get("long_factor")
+        if rope.get("rope_type") in SEEN_LENGTH and not alike:
             raise Unsupported(
                 f"model {kind!r}: its RoPE is {rope['rope_type']!r}, whose frequencies depend on the longest position "
                 "of a forward pass: cached keys would be turned by others than a pass over the whole prompt turns them"

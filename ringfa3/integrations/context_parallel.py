@@ -170,22 +170,23 @@ class ContextParallel:
         """From whole sequences to this rank's shard of them; torch's forward pre-hook."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         whole: Whole | None = None
+        plan: Plan | None = None
         error: Exception | None = None
         try:
             check_call(model.config, given, also=("documents",))
             whole = read(given)
             if whole.targets is not None:
                 self._check_loss(model, given)
+            plan = self._planned(model, whole)
         except Exception as wrong:  # whatever it is, the others must hear of it before it is raised here
             error = wrong
         device = next(model.parameters()).device if whole is None else whole.x.device
         if self._agree:
             self._ranks.compare(None if whole is None else whole.fingerprint(), error, device)
-        if whole is None or error is not None:
+        if whole is None or plan is None or error is not None:
             assert error is not None
             raise error
-        mask = Mask(causal=getattr(model.config, "is_causal", True), documents=whole.documents)
-        plan = self.plan = make_plan(mask, self._layout, whole.x.shape[1], self._ranks.sequence, device=device)
+        self.plan = plan
         given |= {whole.name: plan.shard(whole.x), "position_ids": whole.shard_positions(plan), "labels": None}
         self._loss = None
         if whole.targets is not None:
@@ -234,6 +235,15 @@ class ContextParallel:
                 f"labels: wanted a causal language model's, whose loss_function names {' and '.join(sorted(missing))} "
                 f"among its parameters, got them for {type(model).__name__}"
             )
+
+    def _planned(self, model: PreTrainedModel, whole: Whole) -> Plan:
+        """How the sequence is dealt. Raises ValueError where a rank would get none of it, as models fail on that."""
+        mask = Mask(causal=getattr(model.config, "is_causal", True), documents=whole.documents)
+        x = whole.x
+        plan = make_plan(mask, self._layout, x.shape[1], self._ranks.sequence, device=x.device)
+        if 0 in plan.lengths:
+            raise ValueError(f"{whole.name}: wanted positions for all {plan.world} ranks, got {x.shape[1]}")
+        return plan
 
     def _divisor(self, targets: Tensor, num_items: Tensor | None) -> Tensor:
         """What the sum of this rank's losses is divided by: all valid targets, by how many ranks are averaged."""

@@ -33,10 +33,11 @@ class View:
         keys: how many keys those are.
         whole: rows that begin a sequence which counts as one document until `attention` has seen its position_ids:
             not every model's mask does, and none with a cache.
+        runs: begin and end of what is not padding, [B, 2]; None where nothing is padded.
     """
 
-    def __init__(self, mask: Mask, visible: Visible, keys: int, whole: bool) -> None:
-        self.mask, self.visible, self.keys, self.whole = mask, visible, keys, whole
+    def __init__(self, mask: Mask, visible: Visible, keys: int, whole: bool, runs: Ints | None = None) -> None:
+        self.mask, self.visible, self.keys, self.whole, self.runs = mask, visible, keys, whole, runs
 
     def contiguous(self) -> View:
         """Raises ValueError: generate() asks this of masks for passes that it compiles, over a static cache."""
@@ -76,7 +77,7 @@ def see(
     packed = packing(mask_function)
     runs = None if attention_mask is None else _unpadded(attention_mask, seqlen)
     plain = packed is None and runs is None
-    whole = plain and begin == 0 and q_length > 1
+    whole = packed is None and begin == 0 and q_length > 1
     if plain and mask.full:
         return View(mask, Visible.full(q_length, kv_length, device), kv_length, whole)
     if plain and mask == Mask():
@@ -90,7 +91,7 @@ def see(
     if runs is not None:
         lo, hi = np.maximum(lo, runs[:, :1]), np.minimum(hi, runs[:, 1:])
     lo, hi = (np.clip(x - kv_offset, 0, kv_length) for x in (lo, hi))
-    return View(mask, _visible(lo, hi, device), kv_length, whole)
+    return View(mask, _visible(lo, hi, device), kv_length, whole, runs)
 
 
 def attention(
@@ -173,11 +174,15 @@ def _unpadded(padding: Tensor, seqlen: int) -> Ints | None:
     return np.stack([begin, begin + count], 1)
 
 
-def _packed_documents(numbers: Tensor, positions: Tensor, *, chunk: int | None) -> tuple[tuple[int, ...], ...]:
-    """Documents as `Mask` has them, from each row's number and position in its document, [B, S]."""
-    host, within = numbers.cpu().numpy(), positions.cpu().numpy()
-    begins = np.diff(host, axis=1, prepend=-1) != 0
-    if chunk is not None and within[begins].any():
+def _packed_documents(numbers: Tensor, positions: Tensor | None, *, chunk: int | None) -> tuple[tuple[int, ...], ...]:
+    """Documents as `Mask` has them, from each row's number and position in its document (None: not known), [B, S]."""
+    begins = np.diff(numbers.cpu().numpy(), axis=1, prepend=-1) != 0
+    if chunk is not None and positions is None:
+        raise ValueError(
+            "position_ids: wanted no packed documents where layers see chunks, with this version of transformers, "
+            "got some"
+        )
+    if chunk is not None and positions is not None and positions.cpu().numpy()[begins].any():
         raise ValueError("position_ids: wanted documents that begin at 0 where layers see chunks, got others")
     return tuple(tuple(np.diff([*np.flatnonzero(row), row.size]).tolist()) for row in begins)
 
@@ -186,10 +191,19 @@ def _notice_documents(view: View, position_ids: Tensor, use_cache: bool | None) 
     """Let the view's rows see their own documents only, where position_ids [1 or B, S] restart. Synchronises.
 
     Raises:
-        ValueError: they do, and a cache is filled: nobody could tell which document the tokens after it continue.
+        ValueError: they do, and a cache is filled: nobody could tell which document the tokens after it continue; or
+            they do beside padding, where no other attention would keep the documents apart.
     """
     view.whole = False  # the layers after this one get the same position_ids
     restarts = position_ids.diff(dim=-1) != 1
+    if position_ids.ndim == 2 and view.runs is not None:  # in the padding, and at its edges, ids are nobody's business
+        begin, end = torch.from_numpy(view.runs).to(restarts.device).unsqueeze(-1).unbind(1)
+        row = torch.arange(1, position_ids.shape[1], device=restarts.device)
+        if bool((restarts & (row > begin) & (row < end)).any()):
+            raise ValueError(
+                "attention_mask: wanted ones where position_ids restart (make the padding a document), got zeros"
+            )
+        return
     if position_ids.ndim != 2 or not bool(restarts.any()):
         return
     if use_cache is not False:

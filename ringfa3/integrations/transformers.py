@@ -208,6 +208,8 @@ class Call:
         if "position_ids" not in self.names:
             raise ValueError(f"model: wanted one that takes position_ids, got {type(model).__name__}")
         check_layers(model)
+        if 0 in plan.lengths:  # models fail on empty shards, and then the other ranks would wait for theirs
+            raise ValueError(f"plan: wanted positions for all {plan.world} ranks, got {plan.lengths} of them")
         self.heeds = has_loss_function(model)  # shift_labels
         self.typed = bool(getattr(model.config, "type_vocab_size", 0))  # token_type_ids are embedded row by row
 

@@ -256,10 +256,11 @@ def rules(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def packing(function: Callable[..., Any]) -> tuple[Tensor, Tensor] | None:
+def packing(function: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
     """What a mask function, served by `rules`, holds of packed documents: number and position_ids of each row, [B, S].
 
-    None where transformers has found no documents in the position_ids.
+    The latter None with older versions of transformers (5.17), whose masks do not hold them. All None where
+    transformers has found no documents in the position_ids.
     """
     kind = function.__qualname__.split(".")[0]
     if kind != "and_masks":
@@ -269,5 +270,4 @@ def packing(function: Callable[..., Any]) -> tuple[Tensor, Tensor] | None:
     if "packed_sequence_mask_function" not in found:
         return next((inner for inner in map(packing, parts) if inner is not None), None)
     numbers: Tensor = found["packed_sequence_mask_function"]["packed_sequence_mask"]
-    positions: Tensor = found["remap_positions_for_packed_sequence"]["position_ids"]
-    return numbers, positions
+    return numbers, found.get("remap_positions_for_packed_sequence", {}).get("position_ids")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ringfa3.attention import ring_attention
+from ringfa3.entrance import checked_flag
 from ringfa3.gang import Gang
 from ringfa3.shards import Group, axes, members
 
@@ -26,6 +27,11 @@ class Common:
     deterministic: bool
     return_attn_probs: bool
     group: Group
+
+    def __post_init__(self) -> None:
+        with heard(self.group):
+            for name in ("causal", "deterministic", "return_attn_probs"):
+                object.__setattr__(self, name, checked_flag(name, getattr(self, name)))  # the dataclass is frozen
 
     def run(self, prepare: Callable[[], tuple[Tensor, Tensor, Tensor, dict[str, Any]]]) -> Any:
         """The functions' result for batched tensors: out [B, n, Hq, D], or (out, lse [B, Hq, n], None).

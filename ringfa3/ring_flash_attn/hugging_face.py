@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringfa3.attention import ring_attention
+from ringfa3.entrance import checked_flag
 from ringfa3.mask import Mask
 from ringfa3.ring_flash_attn.call import heard
 from ringfa3.ring_flash_attn.varlen import host_lengths
@@ -86,7 +87,7 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: Group) -> N
 
 def use_ring_attn(flag: bool) -> None:
     """False: transformers' own functions serve, until True is said again (for a pass that is not sharded)."""
-    _NOW.on = bool(flag)
+    _NOW.on = checked_flag("flag", flag)
 
 
 def _layer(own: Attend) -> Attend:
@@ -161,13 +162,14 @@ def _attend(
             raise ValueError(f"k: wanted q's {q.shape[1]} rows (no cache, no cross attention), got {k.shape[1]}")
         if use_top_left_mask:
             raise ValueError("use_top_left_mask: wanted False, got True")
+        deterministic = deterministic is not None and checked_flag("deterministic", deterministic)
         for name, given in others.items():
             if name not in known and given is not None and given is not False:
                 raise ValueError(f"{name}: wanted none (it would be ignored), got {type(given).__name__}")
-        mask = _mask(bool(is_causal), sliding_window, _NOW.documents)
+        mask = _mask(checked_flag("is_causal", is_causal), sliding_window, _NOW.documents)
     return ring_attention(  # type: ignore[no-any-return]
         q, k, v, mask=mask, layout="contiguous", group=_NOW.group, scale=softmax_scale, softcap=softcap or 0.0,
-        sink_logits=s_aux, deterministic=bool(deterministic), dropout_p=dropout,
+        sink_logits=s_aux, deterministic=deterministic, dropout_p=dropout,
     )  # fmt: skip
 
 

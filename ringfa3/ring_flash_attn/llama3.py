@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringfa3.entrance import checked_flag
 from ringfa3.flash_attn.operation import sides
 from ringfa3.flash_attn.recent import Recent
 from ringfa3.flash_attn.varlen import check_cu_seqlens, check_tensors
@@ -46,8 +47,9 @@ def llama3_flash_attn_prepare_cu_seqlens(
             of.
 
     Raises:
-        ValueError: the length is not a multiple of world_size, or no such rank.
+        ValueError: the length is not a multiple of world_size, or no such rank; causal is not a bool.
     """
+    causal = checked_flag("causal", causal)
     edges = [0]
     for length in host_lengths(cu_seqlens):
         edges.append(edges[-1] + length)

@@ -39,8 +39,8 @@ def choose(
 
     Args:
         name: "ring", "gather", "pull" (all ranks on one host; "pull:3" lands slices in 3 buffers, not 2),
-            "hierarchical" (hosts of equally many ranks each), "hierarchical:2" (every 2 successive ranks are taken for a
-            host), or "auto".
+            "hierarchical" (hosts of equally many ranks each), "hierarchical:2" (every 2 successive ranks are taken for
+            a host), or "auto".
         size: bytes of the largest shard's keys and values.
         gang: of the plan's ranks.
         hosts: each rank's host, for messages.

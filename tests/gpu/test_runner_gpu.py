@@ -18,8 +18,13 @@ SMALL: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, initializer_range=0.1, pad_token_id=0,
     bos_token_id=None, eos_token_id=None, attn_implementation="eager",
 )  # fmt: skip
+DIVIDED: dict[str, Any] = {  # as of a GGUF file of Llama 3.1: transformers picks the frequencies in every forward pass
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "attention_factor": 1.0,
+    "original_max_position_embeddings": 4096, **dict.fromkeys(("short_factor", "long_factor"), [1.0] * 16 + [8.0] * 16),
+}  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
+    "divided": ("LlamaConfig", {"rope_parameters": DIVIDED}),
     "gemma2": ("Gemma2Config", {"sliding_window": 200, "query_pre_attn_scalar": 64}),
     "mistral": ("MistralConfig", {"sliding_window": 300}),
 }

@@ -696,3 +696,13 @@ def test_the_models_own_end_of_sequence():
     answer = engine.generate([ids], Sampling(max_tokens=12))[0]
     assert list(answer.tokens) == tiny.greedy(ended, ids, 12)
     assert (answer.finish, answer.tokens[-1]) == ("stop", eos)
+
+
+def test_what_a_models_generation_config_asks_for_in_vain_is_logged(caplog):
+    model = tiny.llama()
+    Engine(Runner(model, pages=8))
+    assert not caplog.records
+    model.generation_config.update(repetition_penalty=1.05, no_repeat_ngram_size=0, suppress_tokens=[3], num_beams=1)
+    Engine(Runner(model, pages=8))
+    (record,) = caplog.records
+    assert "asks for repetition_penalty 1.05, suppress_tokens [3], which" in record.getMessage()

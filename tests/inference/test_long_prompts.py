@@ -1,4 +1,6 @@
-"""A real model reads real prompts of up to 8K tokens as transformers does. Minutes: only with --long-prompts.
+"""A real model reads real prompts as transformers does: eight at once, three turns of a conversation, up to 8K tokens.
+
+Those of thousands of tokens take minutes: only with --long-prompts.
 
 pytest tests/inference/test_long_prompts.py --long-prompts -s
 """
@@ -13,8 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ringfa3.inference import Engine, Event, Sampling
 from ringfa3.inference.runner import Runner
 
+Said = list[tuple[list[int], list[int]]]  # prompts and what was answered
 BOOK = Path(__file__).parents[2] / "docs"
 QUESTION = "What is the text above about? Answer in one sentence."
 MOST = 16  # tokens of an answer
@@ -77,3 +81,57 @@ def test_a_real_model_reads_a_long_prompt(length: int, world: Any, request: pyte
             assert {got[part], theirs[part]} == set(best.indices.tolist())
             assert best.values[0] - best.values[1] <= 2 * off
     print(f"{length} tokens, transformers: {seconds:.1f} s; answer {tokenizer.decode(theirs)!r}")
+
+
+LENGTHS = (2, 170, 9, 64, 33, 128, 5, 90)  # tokens of prompts that are answered together
+TURNS = (120, 40, 1)  # tokens that each turn adds
+SHORT = 10  # tokens of their answers
+
+
+def converse(rank: int, size: int, folder: Path, ids: list[int], chunk: int) -> Said | None:
+    """All of LENGTHS together, then a conversation, by an Engine; rank 0's prompts and answers."""
+    engine = Engine(Runner(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), pages=64), chunk=chunk)
+    if rank > 0:
+        engine.serve()
+        return None
+    sampling = Sampling(max_tokens=SHORT, ignore_eos=True)
+    batch = [ids[50 * i : 50 * i + length] for i, length in enumerate(LENGTHS)]
+    said = [(asked, list(each.tokens)) for asked, each in zip(batch, engine.generate(batch, sampling), strict=True)]
+    held: list[int] = []
+    for turn, length in enumerate(TURNS):
+        events: list[Event] = []
+        held = held + ids[500 + 200 * turn : 500 + 200 * turn + length]
+        engine.submit(held, sampling, session="talk", on_event=events.append)
+        while engine.advance():
+            pass
+        assert (events[-1].cached_tokens > 0) == (turn > 0)
+        said.append((held, [event.token for event in events if event.token is not None]))
+        held = held + said[-1][1]
+    engine.close_session("talk")
+    engine.close()
+    assert engine.stats()["pages_used"] == [0] * size
+    return said
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(1, 48), (2, 512), (3, 48), (4, 512)])
+def test_a_real_model_talks(size: int, chunk: int, world: Any, request: pytest.FixtureRequest) -> None:
+    """Batched or turn by turn, in chunks or not: greedy tokens are transformers', but for ties within rounding."""
+    if size != 3 and not request.config.getoption("--long-prompts", default=False):
+        pytest.skip("half a minute: asked for by --long-prompts")
+    folder, tokenizer = request.getfixturevalue("smollm2")
+    ids = prompt(tokenizer, 1200)
+    said = (world(size)(converse, folder, ids, chunk) if size > 1 else [converse(0, 1, folder, ids, chunk)])[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    assert len(said) == len(LENGTHS) + len(TURNS)
+    for asked, got in said:
+        wanted = model.generate(
+            torch.tensor([asked]), attention_mask=torch.ones(1, len(asked)), max_new_tokens=SHORT, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        theirs = wanted.sequences[0, len(asked) :].tolist()
+        part = next((at for at, pair in enumerate(zip(got, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if part is not None:
+            best = wanted.logits[part][0].topk(2)
+            assert {got[part], theirs[part]} == set(best.indices.tolist()), (got, theirs)
+            assert best.values[0] - best.values[1] <= 2 * ROUNDING

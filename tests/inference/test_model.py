@@ -11,9 +11,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from ringfa3 import Mask
-from ringfa3.inference.model import Sight, attention, load, longest, served
+from ringfa3.inference.model import Sight, attention, load, longest, served, text_config
 from ringfa3.inference.runner import Runner
 from ringfa3_kernels import Unsupported
+from ringfa3_launch.checkpoint import Checkpoint
 from tests.inference.families import CONFIGS, SMALL, YARN, build
 
 
@@ -49,6 +50,7 @@ def config(kind: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("made", "match"),
     [
+        (lambda: config("LlavaConfig"), "vision_config"),
         (lambda: config("Gemma3Config"), "vision_config"),
         (lambda: config("T5Config"), "encoder-decoder"),
         (lambda: config("MambaConfig"), "'mamba'"),
@@ -76,7 +78,10 @@ def config(kind: str, **options: Any) -> Any:
             "'dynamic'",
         ),
     ],
-    ids=["vision", "encoder-decoder", "mamba", "alibi", "llama4", "dynamic", "longrope", "dynamic in some layers"],
+    ids=[
+        "vision", "gemma3", "encoder-decoder", "mamba", "alibi", "llama4", "dynamic", "longrope",
+        "dynamic in some layers",
+    ],
 )  # fmt: skip
 def test_models_that_are_refused(made: Any, match: str) -> None:
     with pytest.raises(Unsupported, match=match):
@@ -108,3 +113,29 @@ def test_loading(tmp_path: Path) -> None:
     config("MambaConfig").save_pretrained(tmp_path)
     with pytest.raises(Unsupported, match="mamba"):
         load(tmp_path, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("names", ["on disk", "in memory"])
+def test_the_text_model_of_one_that_also_sees(names: str, tmp_path: Path) -> None:
+    """Files call its weights as the Hub does, or as the model itself does."""
+    torch.manual_seed(0)
+    kind, more = CONFIGS["gemma3"]
+    text = config(kind, **(SMALL | more)).to_dict()
+    sight = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "num_hidden_layers": 1}
+    sight |= {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    whole = transformers.Gemma3ForConditionalGeneration(
+        config("Gemma3Config", text_config=text, vision_config=sight, mm_tokens_per_image=4, image_token_index=96)
+    ).eval()
+    whole.save_pretrained(tmp_path, save_original_format=names == "on disk")
+    model, _ = load(tmp_path, device="cpu", dtype=torch.float32)
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    ids = torch.randint(0, 96, (2, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    Checkpoint(tmp_path).check_served(tmp_path)
+    Runner(model, pages=3)
+    with pytest.raises(Unsupported, match="it has a vision_config, only text is served"):
+        Runner(whole, pages=3)
+    whole.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(Unsupported, match="'gemma3': its weights are quantised"):
+        text_config(whole.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from ringfa3_launch import RankInfo, init
 from ringfa3_launch.rank import SAFE_ENVIRONMENT
+
+HELD: list[Any] = []  # to the end of the process, as libraries hold theirs
 
 
 def total(info: RankInfo, tensor: torch.Tensor) -> dict[str, Any]:
@@ -30,7 +33,8 @@ def total(info: RankInfo, tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def fail_on_one(info: RankInfo) -> None:
-    """Rank 1 raises; rank 0 waits for it in a barrier."""
+    """Rank 1 raises; rank 0 waits for it in a barrier. Both hold a semaphore."""
+    HELD.append(multiprocessing.get_context("spawn").RLock())
     if info.rank == 1:
         raise KeyError("what rank 1 lacks")
     dist.barrier()
@@ -44,7 +48,8 @@ def die_on_one(info: RankInfo) -> None:
 
 
 def sleep(info: RankInfo, folder: str) -> None:
-    """Say where we are, then never return."""
+    """Say where we are, then never return; with a semaphore."""
+    HELD.append(multiprocessing.get_context("spawn").RLock())
     with open(f"{folder}/{info.rank}", "w") as file:
         file.write(str(os.getpid()))
     time.sleep(600)

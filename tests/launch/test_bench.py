@@ -315,6 +315,13 @@ def test_verdicts_on_partials_masks_and_weak_scaling() -> None:
     assert verdicts(outcome(shape, {"pull": 1.0}), outcome(eight, {"pull": 4.2}))[weak] is False
 
 
+@pytest.mark.parametrize(("mine", "plain", "ok"), [(3e-7, 1.4e-7, None), (3e-3, 1.4e-3, False), (2.7e-3, 1.4e-3, True)])
+def test_an_error_below_the_floor_is_not_judged(mine: float, plain: float, ok: bool | None) -> None:
+    shape = Case("fwd", "causal", 128, 32, 8, 16 << 10, 2, "bf16")
+    found = verdicts(outcome(shape, {"pull": 1.0}, errors={"pull": mine}, plain={"pull": plain}))
+    assert found["largest error over plain attention's, pull"] is ok
+
+
 def test_only_what_is_asked_is_in_the_table_of_verdicts() -> None:
     shape = Case("fwd", "causal", 128, 32, 8, 64 << 10, 2, "bf16")
     found = judge([outcome(shape, {"pull": 1.02, KERNELS: 1.0, ONE_GPU: 1.9})])
@@ -331,13 +338,14 @@ def test_a_single_length_is_seen_and_every_line_has_a_name(monkeypatch: pytest.M
     times = {"pull": 1.02, "ring": 1.03, "ulysses": 1.1, KERNELS: 1.0, "one launch": 0.99, ONE_GPU: 1.9}
     ring_plot.draw([outcome(shape, times, ("pull", "ring", "ulysses"))], tmp_path / "x.png", "x")
     [figure] = drawn
-    speed, overhead = figure.axes
+    speed, overhead, scaling = figure.axes
     assert {line.get_label() for line in speed.lines} == set(times)
     assert all(line.get_marker() not in ("None", "", None) for line in speed.lines)
     styles = [(line.get_color(), line.get_marker()) for line in speed.lines[:3]]
     assert len({colour for colour, _ in styles}) == len({mark for _, mark in styles}) == 3
     dotted = [line.get_label() for line in overhead.lines if line.get_linestyle() == ":"]
     assert dotted == ["asked of 2 GPUs: at most 1.03"]
+    assert [list(line.get_xdata()) for line in scaling.lines] == [[1, 2]]  # one GPU, and the two
 
 
 def test_ring_is_judged_by_its_own_kernels_only() -> None:

@@ -54,11 +54,39 @@ def test_wrong_numbers(tmp_path: Path) -> None:
         ("--model-name", "m"),
         ("--pages", "3"),
         ("--dtype", "float16"),
+        ("--chunk", "5"),
     ):
         with pytest.raises(ValueError, match=f"--attention-only: wanted no {name} beside it, got '?{value}"):
             serve.cluster_options(options("--ranks", "2", name, value, "--attention-only"), tmp_path, 0)
     with pytest.raises(ValueError, match="--attention-only: wanted no --no-graphs beside it, got True"):
         serve.cluster_options(options("--no-graphs", "--attention-only"), tmp_path, 0)
+    with pytest.raises(ValueError, match="--model-name: wanted a name, got none"):
+        serve.cluster_options(options("--model-name", ""), tmp_path, 0)
     for n, tp, model in ((2, 2, None), (2, 3, tmp_path)):
         with pytest.raises(ValueError, match=f"tp: wanted 1 without a model, else a divisor of 2 ranks, got {tp}"):
             RingCluster.local(n, device="cpu", model=model, tp=tp)
+
+
+def test_weights_that_cannot_be_read_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (scratch := tmp_path / "scratch").mkdir()
+    folder = tiny_model.write(tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    why = (
+        r"rank 0 on .*: ValueError: --model: wanted one whose files can be read, got torn \(SafetensorError: [^\n]*\)$"
+    )
+    with pytest.raises(ValueError, match=f"^the ranks could not be started: {why}"):
+        serve.start(options("--model", str(folder), "--ranks", "1"), scratch, 0)
+    told = capfd.readouterr()
+    assert "Traceback" not in told.err
+    assert "starting 1 CPU ranks" in told.out
+    (folder / "config.json").write_text("{")
+    (scratch := tmp_path / "again").mkdir()
+    with pytest.raises(ValueError, match=r"^--model: wanted one whose files can be read, got torn \(OSError: "):
+        serve.start(options("--model", str(folder), "--ranks", "1"), scratch, 0)
+
+
+def test_a_model_that_is_not_served_is_refused_before_ranks_start(tmp_path: Path) -> None:
+    (scratch := tmp_path / "scratch").mkdir()
+    transformers.MambaConfig().save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ValueError, match=r"--model: wanted one that can be served, got mamba \(model 'mamba'"):
+        serve.start(options("--model", str(tmp_path / "mamba")), scratch, 0)

@@ -218,9 +218,9 @@ def test_longer_than_the_model_reads(tmp_path: Path) -> None:
 def test_a_model_that_is_not_served(tmp_path: Path) -> None:
     transformers.GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"--model: wanted one that can be served, got .* \(model 'gpt2': served are"):
-        demo.check_served(Checkpoint(tmp_path), tmp_path)
+        Checkpoint(tmp_path).check_served(tmp_path)
     transformers.LlamaConfig().save_pretrained(tmp_path)
-    demo.check_served(Checkpoint(tmp_path), tmp_path)
+    Checkpoint(tmp_path).check_served(tmp_path)
 
 
 def test_progress_lines_reach_the_end() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ringfa3.inference import Pages, Sampling
 from ringfa3_kernels import Unsupported
-from ringfa3_launch import generate
+from ringfa3_launch import generate, serve
 from ringfa3_launch.cli import main
 from ringfa3_launch.generate_ranks import Answer, Asked, pages_for, respond
 from ringfa3_launch.local import _ended_in_order
@@ -161,6 +161,17 @@ def test_a_model_that_is_not_served(
     assert "--model: wanted one that can be served, got" in capsys.readouterr().err
 
 
+def test_weights_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model.write(tmp_path / "empty")
+    (folder / "model.safetensors").unlink()
+    capfd.readouterr()
+    argv = ["generate", "--model", str(folder), "--prompt", "a", "--device", "cpu", "--ranks", "1"]
+    assert main(argv) == 2
+    first, line = capfd.readouterr().err.splitlines()
+    assert first == "empty on 1 ranks (cpu)"
+    assert line.startswith("ringfa3: --model: wanted one whose files can be read, got empty (OSError: ")
+
+
 def test_a_reader_that_leaves_ends_the_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ringfa3 generate | head`: nobody computes an answer that nobody reads."""
 
@@ -222,6 +233,20 @@ def test_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         generate.prompt_of(options("--prompt-file", str(tmp_path / "bad")), None)
     with pytest.raises(ValueError, match="--ranks: wanted none beside a launcher, which started 2, got 3"):
         generate.asked_from(options("--prompt", "a", "--ranks", "3"), info)
+
+
+def test_a_dtype_has_two_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service = argparse.ArgumentParser()
+    serve.add_arguments(service)
+    for long, short in (("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")):
+        for name in (long, short):
+            given = options("--prompt", "a", "--device", "cpu", "--model", str(folder), "--dtype", name)
+            assert generate.asked_from(given, None)[0].dtype == long
+            assert service.parse_args(["--dtype", name]).dtype == long
+    for parse in (options, lambda *argv: service.parse_args(argv)):
+        with pytest.raises(SystemExit):
+            parse("--dtype", "int8")
+        assert "choose from" in capsys.readouterr().err
 
 
 def test_options_become_a_sampling() -> None:

@@ -136,10 +136,24 @@ if __name__ == "__main__":
     if how != signal.SIGKILL:
         assert not list((tmp_path / "temporary").glob("ringfa3-*")), "the ranks' folder was left behind"
     assert "Traceback" not in err, err
+    assert "leaked semaphore" not in err, err
     deadline = time.monotonic() + patience(30)
     while any(_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its caller"
         time.sleep(0.05)
+
+
+def test_no_semaphore_outlives_a_failure(tmp_path: Path, environment: dict[str, str]) -> None:
+    script = tmp_path / "program.py"
+    script.write_text("""
+if __name__ == "__main__":
+    import ranks
+    from ringfa3_launch import local
+    local(2, ranks.fail_on_one, device="cpu")
+""")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert "KeyError: 'what rank 1 lacks'" in done.stderr
+    assert "leaked semaphore" not in done.stderr
 
 
 def _written(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""launch/bench/scaling.py: its cases for 2, 4 and 8 ranks, and a dry run on two CPU ranks that runs out of time."""
+"""launch/bench/scaling.py: its cases for 2, 4 and 8 ranks, a dry run on two CPU ranks out of time, and its engine."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def test_what_is_judged_comes_first(scaling: ModuleType, world: int) -> None:
     judged = [(world, "fwd", "causal", 64 * K), (world, "fwd", "causal", second), (world, "fwd+bwd", "causal", 64 * K)]
     assert [order[key] for key in judged] == [0, 1, 2]
     assert order[world, "fwd", "packed", 64 * K] == 3
+    assert {(world, d, mask) for d in ("fwd", "fwd+bwd") for mask in ("packed", "window=4096")} < {
+        key[:3] for key in order
+    }
     assert set(RING_PEERS) < {entry.name for entry in found[0].entries}
     names = {entry.transport for entry in found[0].entries if entry.method == "ours"}
     wanted = {"pull", "ring", "gather", "ulysses", f"hierarchical:{world // 2}"}
@@ -59,7 +62,7 @@ def test_what_is_judged_comes_first(scaling: ModuleType, world: int) -> None:
 
 
 def test_dry_run_stops_when_its_time_is_over(tmp_path: Path, environment: dict[str, str]) -> None:
-    options = ["--device=cpu", "--world=2", "--unit=4", "--heads=2:1", "--head-dim=16", "--rounds=1.5"]
+    options = ["--device=cpu", "--world=2", "--unit=4", "--heads=2:1", "--head-dim=16", "--rounds=1.5", "--engine=0"]
     options += ["--transports=pull,ring", "--peers=none", "--seconds=10", "--out", str(tmp_path)]
     # more rounds than seconds, on however quick a machine: a dozen matches of 1.5 s
     command = [sys.executable, str(SCRIPT), *options]
@@ -76,10 +79,22 @@ def test_dry_run_stops_when_its_time_is_over(tmp_path: Path, environment: dict[s
         assert 0 < error["ours"] <= 2 * error["theirs"] + 1e-6
     skipped = "\n".join(found["skipped"])
     assert "s left" in skipped, "it had more to do than time"
-    assert "decode merge latency: ringfa3.inference" in skipped
+    assert "decode merge latency: --engine 0" in skipped
     assert (tmp_path / "scaling.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "skipped: " in done.stdout
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_engines_rows_are_in_the_document(tmp_path: Path, environment: dict[str, str]) -> None:
+    """No time for a match: the engine alone."""
+    options = ["--device=cpu", "--world=2", "--unit=1", "--peers=none", "--seconds=1", "--engine=1"]
+    command = [sys.executable, str(SCRIPT), *options, "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert {row["metric"] for row in found["rows"]} > {"s to first token", "µs per layer"}, done.stderr
+    assert all(row["ours"] > 0 for row in found["rows"])
+    assert "[scaling_inference.md](scaling_inference.md)" in (tmp_path / "scaling.md").read_text()
+    assert done.returncode == 1, "none of ours ran"
 
 
 def test_wrong_options_are_named(environment: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import httpx
 import numpy as np
 import pytest
 import schemathesis
+import torch
+import transformers
 from hypothesis import HealthCheck, Phase, given, settings
 from safetensors.numpy import save
 from schemathesis import Case, GenerationMode
@@ -29,7 +32,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.launch.toy_gang import answer
+from ringfa3_launch.cluster import RingCluster
+from ringfa3_launch.service import Limits
+from tests.launch import tiny_model
+from tests.launch.toy_gang import answer, serving
+from tests.patience import patience
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 200
@@ -111,6 +118,52 @@ def test_200_clients_at_once(served: Served) -> None:
     assert answers == [answer(f"client {number}", 60, number) for number in range(CLIENTS)]
     assert refused
     assert httpx.get(f"{served.url}/v1/info").json()["completions_in_flight"] == 0
+
+
+def test_200_clients_of_real_ranks(tmp_path: Path) -> None:
+    """Two ranks and a tiny model: nothing but 429s, and every answer is what transformers says to that prompt alone."""
+    folder = tiny_model.write(tmp_path)
+    prompts = [[(7 * i + j * (1 + i % 5)) % tiny_model.WORDS for j in range(1 + i % 40)] for i in range(CLIENTS)]
+    refused = 0
+
+    async def ask(http: httpx.AsyncClient, prompt: list[int]) -> list[int]:
+        nonlocal refused
+        body = {"model": folder.name, "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        while True:
+            more = {"stream": True, "return_token_ids": True}
+            async with http.stream("POST", "/v1/completions", json=body | more) as reply:
+                if reply.status_code == 429:
+                    refused += 1
+                    await asyncio.sleep(float(reply.headers["retry-after"]) * random.uniform(0.2, 0.6))
+                    continue
+                assert reply.status_code == 200, await reply.aread()
+                parts = [line[6:] async for line in reply.aiter_lines() if line.startswith("data: ")]
+            assert parts.pop() == "[DONE]"
+            return [token for part in parts for token in json.loads(part)["choices"][0]["token_ids"] or ()]
+
+    async def everybody(url: str) -> list[list[int]]:
+        limits = httpx.Limits(max_connections=CLIENTS)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=patience(120)) as http:
+            return await asyncio.gather(*(ask(http, prompt) for prompt in prompts))
+
+    with (
+        RingCluster.local(2, device="cpu", model=folder, pages=200) as cluster,
+        serving(cluster, limits=Limits(completions=120)) as (url, _),
+    ):
+        answers = asyncio.run(everybody(url))
+        assert refused
+        until = time.monotonic() + patience(10)
+        while any(rank.cache_used for rank in cluster.health()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for length in range(1, 41):  # prompts of one length together
+        ids = torch.tensor(prompts[length - 1 :: 40])
+        seen = torch.ones_like(ids)
+        said = model.generate(ids, attention_mask=seen, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        for prompt, tokens, right in zip(ids, answers[length - 1 :: 40], said[:, length:].tolist(), strict=True):
+            assert tokens == right[: len(tokens)], prompt
+            assert len(tokens) == 12 or tokens[-1] == model.config.eos_token_id
 
 
 def test_a_thousand_that_mean_harm(served: Served) -> None:

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -54,6 +56,17 @@ def refused(rank: int, size: int, options: str, match: str) -> None:
         train(rank, size, options)
 
 
+def lagging(rank: int, size: int, options: str) -> list[float]:
+    """Train where the folder does not show the newest checkpoint to rank 1 yet."""
+    found = Path.glob
+
+    def glob(self: Path, pattern: str) -> list[Path]:
+        return [path for path in found(self, pattern) if path.name != "step-000004"]
+
+    with patch.object(Path, "glob", glob) if rank == 1 else nullcontext():
+        return train(rank, size, options)
+
+
 @pytest.fixture
 def curve(world: Any, tmp_path: Path) -> list[float]:
     """What two ranks that share a sequence make of it."""
@@ -91,6 +104,12 @@ def test_killed_and_resumed(world: Any, tmp_path: Path, curve: list[float]) -> N
     world(2)(train, unsaid + " --cp 1", 1)
     world(2)(refused, unsaid + " --cp 2", "--batch: wanted 2, as in the run")
     assert len(world(2)(train, options + " --lr 0.005 --steps 2 --fresh")[0]) == 2
+
+
+def test_rank_0_says_where_to_go_on(world: Any, tmp_path: Path, curve: list[float]) -> None:
+    options = f"{TINY} --batch 2 --out {tmp_path}/lagging"
+    world(2)(train, options, 5)
+    assert world(2)(lagging, options, timeout=LONG) == [pytest.approx(curve, rel=CLOSE)] * 2
 
 
 def test_as_a_job(world: Any, environment: dict[str, str], tmp_path: Path, curve: list[float]) -> None:

@@ -275,6 +275,10 @@ BAD = {
     "layout: wanted the plan's": {"plan": Plan.build(Mask(), "zigzag", 8, 1, 0), "layout": "striped"},
     "group: wanted": {"group": 3},
     "agree: wanted": {"agree": "yes"},
+    "causal: wanted True or False, got 'no'": {"causal": "no"},
+    "deterministic: wanted True or False, got 'no'": {"deterministic": "no"},
+    "return_lse: wanted True or False, got 'no'": {"return_lse": "no"},
+    "async_op: wanted True or False, got 'no'": {"async_op": "no"},
 }
 
 
@@ -289,7 +293,7 @@ def test_bad_arguments(message):
 
 def one_rank_is_wrong(rank: int, size: int) -> None:
     good = torch.zeros(1, 8, 2, 16)
-    for name, value in (("window", (-2, 0)), ("softcap", -1.0), ("transport", "pigeon")):
+    for name, value in (("window", (-2, 0)), ("softcap", -1.0), ("transport", "pigeon"), ("return_lse", "no")):
         with pytest.raises(ValueError, match="wanted") as caught:
             ringfa3.ring_attention(good, good, good, impl="aten", **({name: value} if rank == 1 else {}))
         assert str(caught.value).startswith(name if rank == 1 else f"rank 1: {name}")

@@ -13,8 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import ringfa3
 from ringfa3.integrations.context_parallel import context_parallel
 from ringfa3.integrations.ranks import ranks_of
+from ringfa3.integrations.transformers import sequence_parallel
 from tests.ring.test_transformers import CONFIGS, DOCUMENTS, TOLERANCE, S, build, build_hybrid, worst
 
 B = 2  # sequences on a dp rank
@@ -214,6 +216,23 @@ def wrong(rank: int, size: int, case: str) -> list[str]:
         dist.barrier()
         assert torch.isfinite(model(**batch(0, "packed")).loss)
     return messages
+
+
+def too_short(rank: int, size: int) -> None:
+    """One position for the two ranks of a row, beside a row that has enough: both must hear of it."""
+    model = build("llama").train()
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "cp"))
+    wanted = "input_ids: wanted positions for all 2 ranks, got 1" if rank < 2 else "got an error on another rank"
+    with context_parallel(model, mesh), pytest.raises(ValueError, match=wanted):
+        model(input_ids=torch.ones(1, 1 if rank < 2 else 8, dtype=torch.long))
+    plan = ringfa3.plan(ringfa3.Mask(), "zigzag", size - 1)
+    with pytest.raises(ValueError, match="plan: wanted positions for all 4 ranks"), sequence_parallel(model, plan):
+        pass
+
+
+def test_a_rank_without_positions_is_refused_on_every_rank(world: Any) -> None:
+    """Models fail on an empty shard, and the other ranks would wait for its keys."""
+    world(4)(too_short)
 
 
 @pytest.mark.parametrize("case", ["tokens", "labels", "documents", "length", "error", "num_items"])

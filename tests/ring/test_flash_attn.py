@@ -6,6 +6,7 @@ import inspect
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -463,7 +464,14 @@ ANGLES = torch.zeros(32, 8)
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("flash_attn_func", {"causal": 1}, "^causal: wanted True or False"),
+        ("flash_attn_func", {"causal": 2}, "^causal: wanted True or False, got 2"),
+        ("flash_attn_func", {"deterministic": "no"}, "^deterministic: wanted True or False, got 'no'"),
+        ("flash_attn_func", {"return_attn_probs": "no"}, "^return_attn_probs: wanted True or False"),
+        (VARLEN, {"causal": "no"}, "^causal: wanted True or False"),
+        (VARLEN, {"deterministic": None}, "^deterministic: wanted True or False, got None"),
+        (VARLEN, {"return_attn_probs": 0.5}, "^return_attn_probs: wanted True or False"),
+        (CACHE, {"rotary_interleaved": "no"}, "^rotary_interleaved: wanted True or False"),
+        (CACHE, {"return_softmax_lse": "no"}, "^return_softmax_lse: wanted True or False"),
         ("flash_attn_func", {"window_size": (3, -2)}, "^window_size: wanted -1"),
         ("flash_attn_func", {"window_size": 3}, "^window_size: wanted"),
         ("flash_attn_func", {"q": torch.randn(4, 4, 16)}, "^q: wanted"),
@@ -504,6 +512,16 @@ ANGLES = torch.zeros(32, 8)
 def test_wrong_arguments_are_refused_by_name(name, options, message):
     with pytest.raises(ValueError, match=message):
         call(name, **options)
+
+
+@pytest.mark.parametrize(("on", "off"), [(1, 0), (np.True_, np.False_)])
+def test_flags_may_be_numbers_and_numpys_as_flash_attns(on, off):
+    q, k, v = torch.randn(3, 1, 4, 2, 16)
+    causal = flash_attn.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v, causal=on, deterministic=on, return_attn_probs=off), causal)
+    out, lse, _ = flash_attn.flash_attn_func(q, k, v, causal=off, deterministic=off, return_attn_probs=on)
+    assert torch.equal(out, flash_attn.flash_attn_func(q, k, v))
+    assert lse.shape == (1, 2, 4)
 
 
 def test_nothing_is_written_before_an_argument_is_refused():

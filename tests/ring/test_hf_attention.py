@@ -249,6 +249,11 @@ def test_refusals() -> None:
     )
     refused(r"attention_mask: wanted \[B, S\] of 0 and 1", attention_mask=torch.zeros(2, 1, S, S))
     refused("use_cache: wanted False where position_ids restart", position_ids=position_ids, use_cache=True)
+    padded = inputs("right")[1]
+    refused(
+        "attention_mask: wanted ones where position_ids restart", attention_mask=padded, position_ids=position_ids,
+        use_cache=False,
+    )  # fmt: skip
     refused("output_attentions: wanted none", output_attentions=True)
     refused("dropout: wanted 0", options={"attention_dropout": 0.1})
     refused(
@@ -296,3 +301,15 @@ def test_refusals_of_the_attention_function() -> None:
     out, _ = attention(module, q[:, :, :1], q, q, None, is_causal=True)
     assert out.shape == (1, 1, 2, 16)
     assert isinstance(view.visible, Visible)
+
+
+def test_packed_masks_of_older_versions() -> None:
+    """transformers 5.17 keeps the documents' numbers alone."""
+    utils = transformers.masking_utils
+    numbers = torch.tensor([[0] * 3 + [1] * (S - 3), [0] * S])
+    function = utils.and_masks(utils.causal_mask_function, utils.packed_sequence_mask_function(numbers))
+    view = see(q_length=S, kv_length=S, device="cpu", mask_function=function)
+    assert view.visible.lo.tolist() == [[0] * 3 + [3] * (S - 3), [0] * S]
+    chunked = utils.and_masks(utils.chunked_overlay(4, torch.zeros(2, dtype=torch.int)), function)
+    with pytest.raises(ValueError, match="wanted no packed documents where layers see chunks, with this version"):
+        see(q_length=S, kv_length=S, device="cpu", mask_function=chunked)

@@ -289,7 +289,12 @@ def test_wrong_dropout_and_slopes_are_refused_by_name(name, argument, value):
         ("zigzag_ring_flash_attn_varlen_func", {"cu_seqlens": cu([3, 5])}, "^cu_seqlens: wanted even lengths"),
         ("ring_flash_attn_func", {"window_size": 4}, "^window_size: wanted"),
         ("ring_flash_attn_func", {"window_size": (-2, 0)}, "^window_size: wanted"),
-        ("ring_flash_attn_func", {"causal": 1}, "^causal: wanted True or False"),
+        ("ring_flash_attn_func", {"causal": 2}, "^causal: wanted True or False, got 2"),
+        ("ring_flash_attn_func", {"deterministic": "no"}, "^deterministic: wanted True or False, got 'no'"),
+        ("zigzag_ring_flash_attn_func", {"causal": "yes"}, "^causal: wanted True or False"),
+        ("stripe_flash_attn_func", {"return_attn_probs": "no"}, "^return_attn_probs: wanted True or False"),
+        ("ring_flash_attn_varlen_func", {"deterministic": "no"}, "^deterministic: wanted True or False"),
+        ("llama3_flash_attn_varlen_func", {"deterministic": "no"}, "^deterministic: wanted True or False"),
         ("ring_flash_attn_varlen_func", {"cu_seqlens": cu([3, 4])}, "^cu_seqlens: wanted q's 8 rows"),
         ("ring_flash_attn_varlen_func", {"cu_seqlens": cu([3, -1, 6])}, "^cu_seqlens: wanted 0 first"),
         ("ring_flash_attn_varlen_func", {"cu_seqlens": [0, 8]}, "^cu_seqlens: wanted torch.int32"),
@@ -318,6 +323,9 @@ def wrong_on_one(rank: int, size: int) -> str:
     """What each rank raises, when rank 1 alone gave something wrong; then, a call that is right."""
     with pytest.raises(ValueError, match="max_seqlen") as raised:
         call("ring_flash_attn_varlen_func", max_seqlen=7 if rank == 1 else 8)
+    with pytest.raises(ValueError, match="causal: wanted True or False, got 'no'"):
+        call("ring_flash_attn_func", causal="no" if rank == 1 else True)
+    call("zigzag_ring_flash_attn_func", causal=1 if rank == 1 else True)  # the same
     call("ring_flash_attn_func")
     return str(raised.value)
 
@@ -448,6 +456,8 @@ def hugging_face_rank(rank: int, size: int, window: int | None) -> Any:
         same = rfa.ring_flash_attn_func(q, k, v, causal=True)
         assert direct.shape == same.shape
         assert torch.equal(direct, same) is False  # which knows no documents
+        with pytest.raises(ValueError, match="flag: wanted True or False, got 'no'"):
+            rfa.use_ring_attn("no")
         rfa.use_ring_attn(False)
         alone = ALL_ATTENTION_FUNCTIONS["flash_attention_2"].__wrapped__
         assert alone is own[1]["flash_attention_2"]

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringfa3_launch.bench.attention import announce_plot, in_ranks, integers
-from ringfa3_launch.bench.case import parse_size
+from ringfa3_launch.bench.case import DTYPES, parse_size
 from ringfa3_launch.bench.ring import command
 from ringfa3_launch.checkpoint import hush
 from ringfa3_launch.console import Console
-from ringfa3_launch.generate import DTYPES
 from ringfa3_launch.options import gpus_for, made_folder
 from ringfa3_launch.rank import RankInfo, launched
 

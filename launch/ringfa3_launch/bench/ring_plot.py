@@ -29,7 +29,7 @@ def draw(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
     """Write the plot: a row of panels for each direction of plain causal attention."""
     plain = [o for o in outcomes if o.match.case.mask == "causal" and o.ours]
     directions = [d for d in DIRECTIONS if any(o.match.case.direction == d for o in plain)]
-    worlds = sorted({o.match.case.world for o in plain})
+    worlds = {o.match.case.world for o in plain} | {1 for o in plain if o.rate(ONE_GPU) is not None}
     wide = 3 if len(worlds) > 1 else 2
     figure, axes = pyplot.subplots(
         max(1, len(directions)), wide, figsize=(7.5 * wide, 4.8 * max(1, len(directions)) + 0.6), squeeze=False,

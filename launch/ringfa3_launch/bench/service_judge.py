@@ -52,10 +52,11 @@ def _counted(level: Level, lone: dict[int, Answer], ties: set[Said]) -> Level:
 
 def _ties(folder: Path, others: Sequence[Answer], played: Played, device: str) -> set[Said]:
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ringfa3.inference.model import read
 
     dtype = played.service.dtype
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype])).to(device).eval()
+    plain = read(folder, dtype=getattr(torch, DTYPES[dtype])).to(device)
     exact = copy.deepcopy(plain).to(getattr(torch, WIDER[dtype]))
 
     @cache  # the lone answer is asked of once for each that parts from it

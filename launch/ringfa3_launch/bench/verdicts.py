@@ -164,7 +164,8 @@ def _error(outcome: Outcome) -> list[Verdict]:
     if alone:
         limit = SAME if mine > FLOOR else None
         return [_at_most(outcome, "largest error over one GPU's, same rows", who, mine / alone, limit)]
-    return [_at_most(outcome, "largest error over plain attention's", who, mine / plain, 2.0)] if plain else []
+    limit = 2.0 if mine > FLOOR else None
+    return [_at_most(outcome, "largest error over plain attention's", who, mine / plain, limit)] if plain else []
 
 
 def _memory(outcome: Outcome) -> list[Verdict]:

@@ -91,12 +91,12 @@ class Supervisor:
                     gang = self._start(attempt)
                 except Exception as error:
                     failures += 1
-                    log.warning("gang %d could not be started: %s", attempt, error)
                     self._launcher.kill()
-                    if attempt == 0:
+                    if attempt == 0:  # who waits for it raises it
                         with self._changed:
                             self._first = error
                         return
+                    log.warning("gang %d could not be started: %s", attempt, error)
                     self._why = NotReady(f"the ranks could not be restarted: {error}")
                 else:
                     failures = 0

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ringfa3.inference.sampling import Sampling
 from ringfa3.profiling import Stopwatch, timed
 from ringfa3_launch.cluster.desk import Client
 from ringfa3_launch.cluster.settings import GIB, Settings
+from ringfa3_launch.options import reading
 
 MOST_HOPS = 1024  # of a prefill that are told of
 HOP = re.compile(r"keys of rank (\d+)$")
@@ -49,7 +51,8 @@ class Texts:
             dtype = "bfloat16" if device.type == "cuda" else "float32"
         disable_progress_bar()
         mesh = _mesh(settings.tp, announcer.world, device)
-        model, self._tokenizer = load(settings.model, device=device, dtype=getattr(torch, dtype), group=mesh)
+        with reading(Path(settings.model).name):
+            model, self._tokenizer = load(settings.model, device=device, dtype=getattr(torch, dtype), group=mesh)
         memory = settings.memory
         if memory is None and settings.pages is None:
             memory = _room(device)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ringfa3_launch.cluster.desk import CALLS, Client, Desk
 from ringfa3_launch.cluster.faults import blame
 from ringfa3_launch.cluster.settings import Settings
+from ringfa3_launch.options import refuses
 from ringfa3_launch.rank import RankInfo, init
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Worker:
             self.state = "ended"
         except BaseException as error:
             self.failure = blame(error, self.info.rank)
-            if self.failure["sure"]:  # here and now: soon it is killed
+            refused = self.state == "loading" and isinstance(error, ValueError) and refuses(error)
+            if self.failure["sure"] and not refused:  # here and now: soon it is killed
                 traceback.print_exception(error)
             self.state = "failed"
             self._desk.tell({"failure": self.failure})
