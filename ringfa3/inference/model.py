@@ -208,6 +208,9 @@ class Paged:
             raise Unsupported(f"model: wanted weights in bf16, fp16, fp32 or fp64, got {model.dtype}")
         model.eval()
         model.set_attn_implementation(NAME)
+        for module in model.modules():
+            if getattr(module, "rope_type", None) == "longrope":  # served only where its frequencies never change, but
+                module.rope_type = "default"  # transformers asks the device each pass, which no CUDA graph can hold
         self._model = model
         probe = _Probe()
         self(probe, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))

@@ -147,7 +147,10 @@ def producer(q_desc, do_desc, k_desc, v_desc, task, room, C: gl.constexpr):
     mbarrier.expect(room.kv_full.index(0), k_desc.block_type.nbytes)
     tma_load(k_desc, [b, n * C.BN, h, 0], room.kv_full.index(0), room.k.index(0))
     head = h * task.group
-    i = begin
+    first = begin
+    if C.STAGGER:
+        first += ((end - begin) * n) // task.num_n
+    i = first
     for it in range(0, (end - begin) * task.group):
         row = i * C.BM
         s = it % C.Q_STAGES
@@ -180,6 +183,7 @@ def producer(q_desc, do_desc, k_desc, v_desc, task, room, C: gl.constexpr):
         i += 1
         if i == end:
             i = begin
+        if i == first:
             head += 1
 
 
@@ -187,9 +191,12 @@ def producer(q_desc, do_desc, k_desc, v_desc, task, room, C: gl.constexpr):
 def writer(dq_desc, task, C: gl.constexpr, room):
     """Add to memory the dQ that the consumers put into shared memory, in the order of the producer's blocks."""
     if C.DQ:
-        b, h, _, begin, _, _, end = tile_of(task, C)
+        b, h, n, begin, _, _, end = tile_of(task, C)
         head = h * task.group
-        i = begin
+        first = begin
+        if C.STAGGER:
+            first += ((end - begin) * n) // task.num_n
+        i = first
         steps = (end - begin) * task.group
         for it in range(0, steps):
             for W in gl.static_range(2):
@@ -203,5 +210,6 @@ def writer(dq_desc, task, C: gl.constexpr, room):
             i += 1
             if i == end:
                 i = begin
+            if i == first:
                 head += 1
         tma_store_wait(0)
