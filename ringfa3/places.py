@@ -17,6 +17,7 @@ from ringfa3.hops import Hop
 from ringfa3.layout import deal
 from ringfa3.plan import Plan
 from ringfa3_kernels import Dropout
+from ringfa3_kernels.lasting import lasting
 from ringfa3_kernels.positional import check_slopes
 
 REPEATABLE = "preserve_rng_state=True (its default) or a seed in a checkpoint, which must drop the same again"
@@ -122,8 +123,12 @@ def key_positions(plan: Plan, hop: Hop) -> Tensor:
     found = _KNOWN.get(hop)
     if found is None:
         runs = deal(plan.layout, plan.kv_seqlen, plan.world).runs[hop.source]
-        pieces = [torch.arange(*run, dtype=torch.int32, device=plan.device) for run in runs]
-        found = torch.cat(pieces)[hop.keys].clone()  # aligned: for others Triton compiles another kernel
+
+        def made() -> Tensor:
+            pieces = [torch.arange(*run, dtype=torch.int32, device=plan.device) for run in runs]
+            return torch.cat(pieces)[hop.keys].clone()  # aligned: for others Triton compiles another kernel
+
+        found = lasting(made, plan.device)
         if not (plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # else it is the graph's
             _KNOWN[hop] = found
     return found

@@ -19,6 +19,7 @@ from ringfa3.layout import Dealing, Layout, deal, resolve
 from ringfa3.mask import Mask
 from ringfa3.mesh import Axes, sliced
 from ringfa3.shards import Group
+from ringfa3_kernels.lasting import lasting
 
 __all__ = ["Hop", "Plan", "plan"]
 
@@ -279,7 +280,7 @@ class Plan:
         ignored = self.mask.last(self.seqlen)[..., p]
         if self.mask.prefix is not None:
             ignored = ignored | (self.mask.bounds(p, self.seqlen)[1] > p + 1)
-        return torch.from_numpy(ignored).to(self.device)
+        return lasting(lambda: torch.from_numpy(ignored).to(self.device), self.device)
 
 
 def plan(
@@ -342,7 +343,12 @@ def _kept(
     axes: Axes | None,
     mesh: DeviceMesh | None,
 ) -> Plan:
-    return Plan.build(mask, layout, seqlen, world, rank, device, kv_seqlen=kv_seqlen, group=mesh or group, axes=axes)
+    return lasting(
+        lambda: Plan.build(
+            mask, layout, seqlen, world, rank, device, kv_seqlen=kv_seqlen, group=mesh or group, axes=axes
+        ),
+        device,
+    )
 
 
 def _other(kv_seqlen: int, seqlen: int) -> int | None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringfa3_kernels.lasting import lasting
+
 Kind = Literal["full", "causal", "intervals"]
 _FAR = 2**31 - 1  # beyond every key
 
@@ -127,7 +129,7 @@ class Visible:
         """
         found = self._tiles.get(key)
         if found is None:
-            found = compute()
+            found = lasting(compute, self.device)
             if not (found.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._tiles[key] = found
         return found

@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ringfa3_kernels.lasting import lasting
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ class Recent(Generic[T]):
         key = (*((id(x), x._version) for x in tensors), options, device, stream)
         found = self._made.pop(key, None)
         if found is None or any(ref() is not x for ref, x in zip(found[0], tensors, strict=True)):  # an id used again
-            found = tuple(map(weakref.ref, tensors)), make()
+            found = tuple(map(weakref.ref, tensors)), lasting(make, device)
         self._made[key] = found
         while len(self._made) > self._most:
             self._made.popitem(last=False)

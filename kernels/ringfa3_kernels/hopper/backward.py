@@ -6,10 +6,10 @@ tails with zeros; lse and delta fp32 [B, Hq, Sq]; under INTERVALS the tables of 
 
 Grid: one CTA per BN keys of a key/value head; it walks the rows that see them, for all query heads of the group in
     turn, so that dk and dv are summed over the group in registers.
-Warps: consumers 0 and 1 (4 warps each; 0 is the default partition), 1 producer warp.
+Warps: consumers 0 and 1 (4 warps each; 0 is the default partition), 1 producer warp; 1 that adds dQ to memory (WRITER).
     Every product has keys as rows: S^T = K Q^T, dP^T = V dO^T, then dV += P^T dO and dK += dS^T Q with P^T and dS^T
     straight from registers. dQ = dS K needs the dS of all keys: it goes through shared memory, each consumer computes
-    half of dQ (columns, or rows where BM is 128) and adds it to memory by one TMA reduction.
+    half of dQ (columns, or rows where BM is 128), and one TMA reduction adds it to memory.
     dQ^T = K^T dS is what they compute (TURN).
     With SPLIT_D (head_dim 256) the registers hold dK and dV of half of head_dim for all keys instead, and P^T too goes
     through shared memory. Consumer 0 computes S^T and P of all rows, a step ahead, and consumer 1 dP^T and dS (ROLES):
@@ -126,18 +126,14 @@ def _word(i, room):
 
 
 @gluon.jit
-def _probabilities(W: gl.constexpr, st, s, key0, b, room, task, C: gl.constexpr):
-    """(P^T, P^T times the softcap's derivative), fp32, from the raw scores S^T of the block of stage s."""
+def _probabilities(W: gl.constexpr, st, lse, s, key0, b, room, task, C: gl.constexpr):
+    """(P^T, P^T times the softcap's derivative), fp32, from the raw scores S^T of the block of stage s and its lse."""
     if C.SOFTCAP == CAP_FAST:
         t = tanh_fast(st * task.cap_scale)
     elif C.SOFTCAP == CAP_EXACT:
         t = tanh_exact(st * task.cap_scale)
     else:
         t = st
-    lse = room.stats.index(2 * s)
-    if C.SM < C.BM:
-        lse = lse.slice(W * C.SM, C.SM)
-    lse = lse.load(gl.SliceLayout(0, scores_layout(C)))
     p = gl.exp2(t * task.to_log2 - lse[None, :])
     if C.BRANCH:  # noqa: SIM102 (one is known to the compiler, the other is not)
         if _word(3 * s + 2, room):
@@ -158,8 +154,8 @@ def _query_operands(W: gl.constexpr, ds, k, C: gl.constexpr):
 
 
 @gluon.jit
-def _add_queries(W: gl.constexpr, dq_desc, dq, it, s, b, room, task, C: gl.constexpr):
-    """Add a consumer's share of dQ of the block of stage s to memory, or with WRITER hand it to the writer warp."""
+def _add_queries(W: gl.constexpr, dq_desc, dq, it, row, head, b, room, task, C: gl.constexpr):
+    """Add a consumer's share of dQ of a block to memory, or with WRITER hand it to the writer warp."""
     if not C.PRESCALE:
         dq = dq * task.scale
     if C.WRITER:
@@ -168,8 +164,6 @@ def _add_queries(W: gl.constexpr, dq_desc, dq, it, s, b, room, task, C: gl.const
         _stage_queries(dq, room.dq.index(W), C)
         barrier_arrive(DQ_FULL + W, HAND)
     else:
-        row = _word(3 * s, room)
-        head = _word(3 * s + 1, room)
         row += W * C.QM if C.BM > 64 else 0
         column: gl.constexpr = 0 if C.BM > 64 else W * C.QD
         if C.PARTS == 1:
@@ -210,10 +204,12 @@ def _store_scores(W: gl.constexpr, ds, it, room, C: gl.constexpr):
 @gluon.jit
 def _blocks(W: gl.constexpr, it, room, C: gl.constexpr):
     """In shared memory: the step's queries and dout, and this consumer's keys and values."""
+    # `again`: matrix descriptors of fixed buffers would be computed before the loop, and spill
+    here = again(0)
     q = room.q.index(it % C.Q_STAGES).reshape([C.BM, C.D])
     do = room.do.index(it % C.DO_STAGES).reshape([C.BM, C.D])
-    k = room.k.index(0).reshape([C.BN, C.D]).slice(W * C.WN, C.WN, dim=0)
-    v = room.v.index(0).reshape([C.BN, C.D]).slice(W * C.WN, C.WN, dim=0)
+    k = room.k.index(here).reshape([C.BN, C.D]).slice(W * C.WN, C.WN, dim=0)
+    v = room.v.index(here).reshape([C.BN, C.D]).slice(W * C.WN, C.WN, dim=0)
     return q, do, k, v
 
 
@@ -231,21 +227,20 @@ def _start_queries(W: gl.constexpr, ds, here, room, C: gl.constexpr):
 
 
 @gluon.jit
-def _minus_delta(W: gl.constexpr, s, room, C: gl.constexpr):
-    """-delta of this consumer's rows of the block of stage s, as the producer has stored it."""
-    stats = room.stats.index(2 * s + 1)
+def _statistic(W: gl.constexpr, i, room, C: gl.constexpr):
+    """lse or -delta of this consumer's rows of a block, as the producer has stored it in line i."""
+    stats = room.stats.index(i)
     if C.SM < C.BM:
         stats = stats.slice(W * C.SM, C.SM)
     return stats.load(gl.SliceLayout(0, scores_layout(C)))
 
 
 @gluon.jit
-def _scores_gradient(W: gl.constexpr, slope, dpt, s, room, task, C: gl.constexpr):
+def _scores_gradient(slope, dpt, minus_delta, room, task, C: gl.constexpr):
     """dS^T in the inputs' dtype."""
-    # loaded here: ahead of the wait for dP its registers would spill
     if C.PRESCALE:
         dpt = dpt * task.scale  # one instruction with the addition
-    return (slope * (dpt + _minus_delta(W, s, room, C)[None, :])).to(room.q.dtype)
+    return (slope * (dpt + minus_delta[None, :])).to(room.q.dtype)
 
 
 @gluon.jit
@@ -253,30 +248,39 @@ def _step(W: gl.constexpr, dk, dv, it, key0, b, dq_desc, room, task, C: gl.const
     """One block of rows: its share of dk, dv and dq."""
     S: gl.constexpr = scores_layout(C)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, keys_layout(C), 2)
-    dtype: gl.constexpr = room.q.dtype
     s = it % C.Q_STAGES
     d = it % C.DO_STAGES
     q, do, k_w, v_w = _blocks(W, it, room, C)
     zeros = gl.zeros([C.WN, C.BM], gl.float32, S)
     mbarrier.wait(room.q_full.index(s), (it // C.Q_STAGES) & 1)
-    mbarrier.wait(room.do_full.index(d), (it // C.DO_STAGES) & 1)
+    if C.EARLY:
+        lse = _statistic(W, 2 * s, room, C)
+    row = _word(3 * s, room)
+    head = _word(3 * s + 1, room)
     st = warpgroup_mma(k_w, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(room.do_full.index(d), (it // C.DO_STAGES) & 1)
     dpt = warpgroup_mma(v_w, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     st = warpgroup_mma_wait(1, deps=[st])
-    p, slope = _probabilities(W, st, s, key0, b, room, task, C)
-    p_op = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
+    if not C.EARLY:
+        lse = _statistic(W, 2 * s, room, C)
+    p, slope = _probabilities(W, st, lse, s, key0, b, room, task, C)
+    p_op = gl.convert_layout(p.to(room.q.dtype), OPERAND, assert_trivial=True)
+    if C.EARLY:
+        minus_delta = _statistic(W, 2 * s + 1, room, C)
     dv = warpgroup_mma(p_op, do, dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=[dpt])
-    ds = _scores_gradient(W, slope, dpt, s, room, task, C)
+    if not C.EARLY:
+        minus_delta = _statistic(W, 2 * s + 1, room, C)
+    ds = _scores_gradient(slope, dpt, minus_delta, room, task, C)
     ds_op = gl.convert_layout(ds, OPERAND, assert_trivial=True)
     if C.DQ:
         _store_scores(W, ds, it, room, C)
         barrier_sync(EXCHANGE, PAIR)
-        dq = _start_queries(W, room.ds.index(it % 2), 0, room, C)
+        dq = _start_queries(W, room.ds.index(it % 2), again(0), room, C)
         dk = warpgroup_mma(ds_op, q, dk, is_async=True)
         dv, dq, p_op = warpgroup_mma_wait(1, deps=[dv, dq, p_op])
         barrier_arrive(DO_FREE + d, FEED)
-        _add_queries(W, dq_desc, dq, it, s, b, room, task, C)
+        _add_queries(W, dq_desc, dq, it, row, head, b, room, task, C)
     else:
         dk = warpgroup_mma(ds_op, q, dk, is_async=True)
         dv, p_op = warpgroup_mma_wait(1, deps=[dv, p_op])
@@ -305,14 +309,14 @@ def _step_split(W: gl.constexpr, dk, dv, it, key0, b, dq_desc, room, task, C: gl
     mbarrier.wait(room.do_full.index(d), (it // C.DO_STAGES) & 1)
     dpt = warpgroup_mma(v, do.slice(W * C.SM, C.SM, dim=0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     st = warpgroup_mma_wait(1, deps=[st])
-    p, slope = _probabilities(W, st, s, key0, b, room, task, C)
+    p, slope = _probabilities(W, st, _statistic(W, 2 * s, room, C), s, key0, b, room, task, C)
     p_all = room.p.index(it % 2)
     p_all.slice(W * C.SM, C.SM, dim=1).store(p.to(dtype))
     fence_async_shared()  # orders these stores before the matrix unit's reads
     barrier_sync(EXCHANGE, PAIR)
     dv = warpgroup_mma(p_all, do.slice(W * C.WD, C.WD, dim=1), dv, is_async=True)
     dpt = warpgroup_mma_wait(1, deps=[dpt])
-    ds = _scores_gradient(W, slope, dpt, s, room, task, C)
+    ds = _scores_gradient(slope, dpt, _statistic(W, 2 * s + 1, room, C), room, task, C)
     ds_all = room.ds.index(here)  # one will do: both have met since the products of the last step that read it
     ds_all.slice(W * C.SM, C.SM, dim=1).store(ds)
     fence_async_shared()
@@ -322,7 +326,7 @@ def _step_split(W: gl.constexpr, dk, dv, it, key0, b, dq_desc, room, task, C: gl
         dk = warpgroup_mma(ds_all, q.slice(W * C.WD, C.WD, dim=1), dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
         barrier_arrive(DO_FREE + d, FEED)
-        _add_queries(W, dq_desc, dq, it, s, b, room, task, C)
+        _add_queries(W, dq_desc, dq, it, _word(3 * s, room), _word(3 * s + 1, room), b, room, task, C)
     else:
         dk = warpgroup_mma(ds_all, q.slice(W * C.WD, C.WD, dim=1), dk, is_async=True)
         dv = warpgroup_mma_wait(1, deps=[dv])
@@ -361,7 +365,7 @@ def _step_roles(W: gl.constexpr, dk, dv, st, it, steps, key0, b, dq_desc, room, 
     p_all = room.p.index(here)
     ds_all = room.ds.index(here)
     if W == 0:
-        p, _ = _probabilities(W, st, s, key0, b, room, task, C)
+        p, _ = _probabilities(W, st, _statistic(W, 2 * s, room, C), s, key0, b, room, task, C)
         if it > 0:
             barrier_sync(P_FREE, PAIR)
         p_all.store(p.to(dtype))
@@ -379,7 +383,7 @@ def _step_roles(W: gl.constexpr, dk, dv, st, it, steps, key0, b, dq_desc, room, 
         barrier_sync(EXCHANGE, PAIR)
         p = p_all.load(S).to(gl.float32)
         dv = warpgroup_mma(p_all, do.slice(W * C.WD, C.WD, dim=1), dv, is_async=True)
-        ds_all.store(_scores_gradient(W, p, dpt, s, room, task, C))
+        ds_all.store(_scores_gradient(p, dpt, _statistic(W, 2 * s + 1, room, C), room, task, C))
         fence_async_shared()
     barrier_sync(EXCHANGE, PAIR)
     if C.DQ:
@@ -393,7 +397,7 @@ def _step_roles(W: gl.constexpr, dk, dv, st, it, steps, key0, b, dq_desc, room, 
     if W == 1 and it + 1 < steps:
         barrier_arrive(P_FREE, PAIR)
     if C.DQ:
-        _add_queries(W, dq_desc, dq, it, s, b, room, task, C)
+        _add_queries(W, dq_desc, dq, it, _word(3 * s, room), _word(3 * s + 1, room), b, room, task, C)
     if W == 0:
         st = _start_ahead(it + 1, steps, room, C)
         dk = warpgroup_mma_wait(1, deps=[dk])

@@ -147,10 +147,7 @@ def producer(q_desc, do_desc, k_desc, v_desc, task, room, C: gl.constexpr):
     mbarrier.expect(room.kv_full.index(0), k_desc.block_type.nbytes)
     tma_load(k_desc, [b, n * C.BN, h, 0], room.kv_full.index(0), room.k.index(0))
     head = h * task.group
-    first = begin
-    if C.STAGGER:
-        first += ((end - begin) * n) // task.num_n
-    i = first
+    i = begin
     for it in range(0, (end - begin) * task.group):
         row = i * C.BM
         s = it % C.Q_STAGES
@@ -183,7 +180,6 @@ def producer(q_desc, do_desc, k_desc, v_desc, task, room, C: gl.constexpr):
         i += 1
         if i == end:
             i = begin
-        if i == first:
             head += 1
 
 
@@ -191,12 +187,9 @@ def producer(q_desc, do_desc, k_desc, v_desc, task, room, C: gl.constexpr):
 def writer(dq_desc, task, C: gl.constexpr, room):
     """Add to memory the dQ that the consumers put into shared memory, in the order of the producer's blocks."""
     if C.DQ:
-        b, h, n, begin, _, _, end = tile_of(task, C)
+        b, h, _, begin, _, _, end = tile_of(task, C)
         head = h * task.group
-        first = begin
-        if C.STAGGER:
-            first += ((end - begin) * n) // task.num_n
-        i = first
+        i = begin
         steps = (end - begin) * task.group
         for it in range(0, steps):
             for W in gl.static_range(2):
@@ -210,6 +203,5 @@ def writer(dq_desc, task, C: gl.constexpr, room):
             i += 1
             if i == end:
                 i = begin
-            if i == first:
                 head += 1
         tma_store_wait(0)

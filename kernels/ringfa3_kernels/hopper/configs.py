@@ -166,7 +166,6 @@ class BackwardConfig:
         SPLIT_D: both warpgroups hold all keys and half of head_dim of dK and dV (D 256), instead of half the keys each.
         WRITER: a warp of its own sends dQ to memory and waits for it (PARTS 1).
         PARTS: dQ leaves in so many parts a step (1 or 2), through one buffer.
-        STAGGER: key tiles begin their walk at different rows, so that CTAs in step add to different dQ.
         DQ: compute and add dQ; without it the launch gives dK and dV alone.
         CONSUMER_REGS, PRODUCER_REGS: setmaxnreg; past 504 in all it is silently dropped.
         MASK: FULL, CAUSAL (bounds from the row number) or INTERVALS (query bounds read per key).
@@ -185,7 +184,6 @@ class BackwardConfig:
     SPLIT_D: bool = False
     WRITER: bool = False
     PARTS: int = 1
-    STAGGER: bool = False
     DQ: bool = True
     CONSUMER_REGS: int = 240
     PRODUCER_REGS: int = 24
@@ -196,6 +194,11 @@ class BackwardConfig:
     WIDE: bool = False
     ACCUMULATE: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what the kernel's barriers and buffers are not made for."""
+        if max(self.Q_STAGES, self.DO_STAGES) > 2 or (self.WRITER and self.PARTS > 1):
+            raise ValueError(f"backward tile: wanted at most 2 stages, and PARTS 1 with WRITER, got {self}")
+
     @property
     def ROLES(self) -> bool:
         """With SPLIT_D, one warpgroup computes P of all rows and the other dS, not each both of half the rows.
@@ -203,6 +206,14 @@ class BackwardConfig:
         Not with a softcap: dS then needs more than P.
         """
         return self.SPLIT_D and not self.SOFTCAP
+
+    @property
+    def EARLY(self) -> bool:
+        """lse and delta are loaded ahead of the waits for what they are used with; those of 128 rows would spill.
+
+        Loads from shared memory take hundreds of cycles while products read it.
+        """
+        return self.BM == 64
 
     @property
     def TURN(self) -> bool:
@@ -260,8 +271,8 @@ class BackwardConfig:
 
 # (D, MASK) -> tile of the backward; kernels/bench/bench_backward.py sweep times the alternatives to each row.
 BACKWARD_TABLE: dict[tuple[int, int], BackwardConfig] = {
-    **{(64, mask): BackwardConfig(64, 128) for mask in (FULL, CAUSAL, INTERVALS)},
-    **{(128, mask): BackwardConfig(128, 64) for mask in (FULL, CAUSAL, INTERVALS)},
+    **{(64, mask): BackwardConfig(64, 128, WRITER=mask != FULL) for mask in (FULL, CAUSAL, INTERVALS)},
+    **{(128, mask): BackwardConfig(128, 64, WRITER=mask != FULL) for mask in (FULL, CAUSAL, INTERVALS)},
     **{
         (256, mask): BackwardConfig(256, 64, 64, DO_STAGES=1, SPLIT_D=True, PARTS=2)
         for mask in (FULL, CAUSAL, INTERVALS)

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringfa3_kernels.hopper.gluon import barrier_sync, this_cta, tma_load
-from ringfa3_kernels.hopper.producer import K_FREE, V_FREE, _deal, _load_rows, _send, query_head
+from ringfa3_kernels.hopper.producer import K_FREE, V_FREE, _deal, _done, _load_rows, _send, query_head
 from ringfa3_kernels.hopper.schedule import INTERVALS, bounds, decode
 
 
@@ -54,7 +54,4 @@ def fp8_producer(q_desc, k_desc, v_desc, r_desc, counter, work, sm, C: gl.conste
             mi = mi_n
             begin = begin_n
             end = end_n
-    # the last CTA to come here leaves the counter ready for the next launch
-    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(counter, 0)
-        gl.store(counter + 1, 0)
+    _done(counter)

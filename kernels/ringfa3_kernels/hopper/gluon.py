@@ -141,6 +141,24 @@ def this_cta():
 
 
 @gluon.jit
+def take_ticket(counter, sem: gl.constexpr):
+    """Count an int32 in memory up by one, for the calling warp (a partition of one): what it was, for all lanes.
+
+    Not gl.atomic_add: its lane 0 gets the number through a vote and hands it on through shared memory, and where the
+    GPU is shared by processes, a warp that is switched out meanwhile may get a wrong number (docs/decisions.md).
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 $0, 0; "
+        f"@first atom.{sem}.gpu.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }}",
+        "=&r,l",
+        [counter.to(gl.int64, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def wide_product(x, stride):
     """x * stride in 64 bits; the sign bits of an int32 stride take no register from the loops (they made it spill)."""
     if stride.dtype == gl.int32:

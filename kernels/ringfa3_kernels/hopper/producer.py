@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ringfa3_kernels.hopper.gluon import aggregate, barrier_sync, ring_shape, this_cta, tma_load
+from ringfa3_kernels.hopper.gluon import aggregate, barrier_sync, ring_shape, take_ticket, this_cta, tma_load
 from ringfa3_kernels.hopper.schedule import INTERVALS, bounds, decode
 
 OUT_SHARED = gl.constexpr(1)
@@ -149,8 +149,13 @@ def producer(q_desc, k_desc, v_desc, r_desc, counter, work, sm, C: gl.constexpr)
             mi = mi_n
             begin = begin_n
             end = end_n
-    # the last CTA to come here leaves the counter ready for the next launch
-    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
+    _done(counter)
+
+
+@gluon.jit
+def _done(counter):
+    """This CTA has no more tiles to take. The last one to say so leaves the counter ready for the next launch."""
+    if take_ticket(counter + 1, "acq_rel") == gl.num_programs(0) - 1:
         gl.store(counter, 0)
         gl.store(counter + 1, 0)
 
@@ -162,7 +167,7 @@ def _deal(counter, ti, work, sm, C: gl.constexpr):
     Some 1000 clocks, and as many again where bounds come from memory: never before a tile's first loads (0.85 -> 1.04
     of cuDNN at 2K).
     """
-    t = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")  # nothing in memory hangs on who takes which
+    t = gl.num_programs(0) + take_ticket(counter, "relaxed")  # nothing in memory hangs on who takes which
     slot, b, h = decode(gl.minimum(t, work.ntiles - 1), work, C)
     mi, begin, full_begin, full_end, end = bounds(slot, b, work, C)
     _send(ti, t, mi, b, h, end, full_end, begin, full_begin, sm, C)

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ringfa3_kernels.hopper.gluon import again
+from ringfa3_kernels.lasting import lasting
 from ringfa3_kernels.types import Visible
 
 CAUSAL = gl.constexpr(1)
@@ -120,7 +121,7 @@ def counter(device: torch.device) -> Tensor:
 
 @cache
 def _stream_counter(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    return lasting(lambda: torch.zeros(2, dtype=torch.int32, device=device), device)
 
 
 @cache
