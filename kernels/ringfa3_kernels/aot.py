@@ -41,6 +41,8 @@ class Build:
         serialised: ptxas' codes for wgmma that it serialises; empty is good.
         hgmma, hmma, ffma, tma: SASS instructions of Hopper's and of Ampere's matrix unit, of the fp32 pipe, TMA loads.
         copies: SASS instructions that copy 16 bytes a thread to shared memory, without waiting for them.
+        rash: arrivals at an mbarrier by one thread, in the name of warps that no barrier has brought together before it
+            since they last touched shared memory or the matrix unit; a warp that is late would be overtaken.
         seconds: compile time.
         triton: version that compiled it.
     """
@@ -56,6 +58,7 @@ class Build:
     seconds: float
     triton: str = triton.__version__
     copies: int = 0
+    rash: int = 0
 
 
 def build(
@@ -114,8 +117,26 @@ def inspect(source: Any, *, capability: tuple[int, int], options: Mapping[str, A
         tma=len(re.findall(r"\bUTMALDG", sass)),
         seconds=round(time.perf_counter() - begin, 2),
         copies=len(re.findall(r"\bLDGSTS\S*\.128", sass)),
+        rash=_rash(compiled.asm["ptx"]),
     )
     return found, {"ptx": compiled.asm["ptx"], "sass": sass}
+
+
+# What a thread may still have to do in shared memory, or with the matrix unit; and where others may come from.
+TOUCHES = re.compile(r"(ld|st)\.shared|stmatrix|ldmatrix|wgmma\.(wait|mma)|mbarrier\.try_wait|cp\.async\.bulk|^\$L__BB")
+
+
+def _rash(ptx: str) -> int:
+    """See Build."""
+    met, count = False, 0
+    for line in ptx.splitlines():
+        if re.match(r"\s*(bar|barrier)\.(warp\.)?sync", line):
+            met = True
+        elif re.search(r"mbarrier\.arrive\.shared", line):
+            count += not met
+        elif TOUCHES.search(line):
+            met = False
+    return count
 
 
 def _disassemble(cubin: bytes, folder: Path) -> str:

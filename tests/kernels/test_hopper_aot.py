@@ -77,6 +77,7 @@ def builds(request: pytest.FixtureRequest) -> Builds:
 def test_wgmma_stays_asynchronous_and_memory_fits(builds: Builds, job: Job) -> None:
     build = builds[job]
     assert build["serialised"] == [], "ptxas serialises wgmma"
+    assert build["rash"] == 0, "an mbarrier is told by one thread what others may not have done yet"
     assert build["hgmma"] > 0
     assert build["tma"] > 0
     assert build["shared"] <= 232448, "shared memory of an H100"

@@ -198,6 +198,8 @@ class BackwardConfig:
         """Raise ValueError for what the kernel's barriers and buffers are not made for."""
         if max(self.Q_STAGES, self.DO_STAGES) > 2 or (self.WRITER and self.PARTS > 1):
             raise ValueError(f"backward tile: wanted at most 2 stages, and PARTS 1 with WRITER, got {self}")
+        if self.ROLES and self.Q_STAGES < 2:  # its scores are a block ahead
+            raise ValueError(f"backward tile: wanted 2 stages of queries for SPLIT_D without softcap, got {self}")
 
     @property
     def ROLES(self) -> bool:

@@ -42,13 +42,11 @@ class Fp8Config(Config):
 # (D, MASK) -> tile; measured rows: docs/results/fp8.md.
 TABLE: dict[tuple[int, int], Fp8Config] = {
     **{
-        (64, mask): Fp8Config(64, 192, 128, NWG=3, STAGES=4, CONSUMER_REGS=160, K_LATE=True)
+        (D, mask): Fp8Config(D, 128, 128, STAGES=4, K_LATE=True, TWO_LEVEL=True)
+        for D in (64, 128)
         for mask in (FULL, CAUSAL, INTERVALS)
     },
-    **{
-        (128, mask): Fp8Config(128, 128, 128, STAGES=4, K_LATE=True, TWO_LEVEL=True)
-        for mask in (FULL, CAUSAL, INTERVALS)
-    },
+    # one level: no registers are left for a second, so what keys of one shard add up to drifts as they grow in number
     **{(256, mask): Fp8Config(256, 128, 128, QB=1, V_LATE=True, K_LATE=True) for mask in (FULL, CAUSAL, INTERVALS)},
 }
 

@@ -63,9 +63,15 @@ def allocate(q_desc, k_desc, v_desc, o_desc, r_desc, C: gl.constexpr):
     o = q
     if C.OUT == OUT_SHARED:
         o = gl.allocate_shared_memory(o_desc.dtype, ring_shape(NWG, o_desc.block_type.shape), o_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], L)
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], L)
     r = q
-    if C.PREFETCH:
+    r_full = q_full
+    r_empty = q_empty
+    if C.PREFETCH:  # nor barriers without use: Triton gives their bytes away, and an mbarrier's are no plain memory
         r = gl.allocate_shared_memory(gl.float32, ring_shape(NWG, r_desc.block_type.shape), r_desc.layout)
+        r_full = gl.allocate_shared_memory(gl.int64, [NWG, 1], L)
+        r_empty = gl.allocate_shared_memory(gl.int64, [NWG, 1], L)
     sm = Shared(  # type: ignore[call-arg]
         q=q,
         k=k,
@@ -73,18 +79,19 @@ def allocate(q_desc, k_desc, v_desc, o_desc, r_desc, C: gl.constexpr):
         o=o,
         r=r,
         tile=gl.allocate_shared_memory(gl.int32, [2 * MESSAGE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        q_full=gl.allocate_shared_memory(gl.int64, [QUERIES, 1], L),
-        q_empty=gl.allocate_shared_memory(gl.int64, [QUERIES, 1], L),
+        q_full=q_full,
+        q_empty=q_empty,
         k_full=gl.allocate_shared_memory(gl.int64, [STAGES, 1], L),
         v_full=gl.allocate_shared_memory(gl.int64, [STAGES, 1], L),
-        r_full=gl.allocate_shared_memory(gl.int64, [NWG, 1], L),
-        r_empty=gl.allocate_shared_memory(gl.int64, [NWG, 1], L),
+        r_full=r_full,
+        r_empty=r_empty,
         t_full=gl.allocate_shared_memory(gl.int64, [2, 1], L),
         t_empty=gl.allocate_shared_memory(gl.int64, [2, 1], L),
     )
-    for i in gl.static_range(NWG):
-        mbarrier.init(sm.r_full.index(i), count=1)
-        mbarrier.init(sm.r_empty.index(i), count=1)
+    if C.PREFETCH:
+        for i in gl.static_range(NWG):
+            mbarrier.init(sm.r_full.index(i), count=1)
+            mbarrier.init(sm.r_empty.index(i), count=1)
     for i in gl.static_range(QUERIES):
         mbarrier.init(sm.q_full.index(i), count=1)
         mbarrier.init(sm.q_empty.index(i), count=1)
