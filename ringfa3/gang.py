@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ringfa3.agree import Agreement
 from ringfa3.lane import Lane
+from ringfa3.shards import lives
 from ringfa3.transport.commons import Commons, HostCommons
 from ringfa3.transport.cuda import CudaCommons
 from ringfa3.transport.meeting import Meeting
@@ -126,12 +127,9 @@ class Gang:
         return pool
 
     def alive(self) -> bool:
-        """Whether the group still is one: it may be destroyed and yet be held on to."""
+        """Whether the group still is one; see `shards.lives`."""
         group = None if self._group is None else self._group()
-        try:
-            return group is not None and bool(dist.get_process_group_ranks(group))
-        except (KeyError, ValueError):
-            return False
+        return group is not None and lives(group)
 
     def wires(self) -> tuple[Wire, ...]:
         """Those in use, for the watch."""

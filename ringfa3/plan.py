@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count, repeat
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ __all__ = ["Hop", "Plan", "plan"]
 
 _keys = count(2)  # torch.compile takes 0 and 1 for constants, other numbers for variables: a new plan compiles nothing
 _by_key: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+_groups: WeakSet[dist.ProcessGroup] = WeakSet()  # of the plans that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,6 +344,11 @@ def _kept(
     axes: Axes | None,
     mesh: DeviceMesh | None,
 ) -> Plan:
+    if not all(map(shards.lives, _groups)):
+        _kept.cache_clear()  # plans keep their groups, and those the memory that their ranks share
+        _groups.clear()
+    if group is not None:
+        _groups.add(group)
     return lasting(
         lambda: Plan.build(
             mask, layout, seqlen, world, rank, device, kv_seqlen=kv_seqlen, group=mesh or group, axes=axes

@@ -84,6 +84,14 @@ def members(group: Group) -> tuple[dist.ProcessGroup | None, int, int]:
     return group, dist.get_world_size(group), rank
 
 
+def lives(group: dist.ProcessGroup) -> bool:
+    """Whether it still is a group: it may be destroyed and yet be held on to."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
+
+
 def axes(group: Group) -> Axes | None:
     """The axes of a 2-D mesh, None for every other group."""
     return axes_of(group) if isinstance(group, DeviceMesh) and group.ndim != 1 else None

@@ -26,6 +26,7 @@ from ringfa3_launch.checkpoint import Checkpoint, hush
 from ringfa3_launch.console import Advance, Console
 from ringfa3_launch.demo_ranks import Alone, Attended, Long, Read, Reading, read_alone, work
 from ringfa3_launch.local import cores, local
+from ringfa3_launch.options import reading as files_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +132,8 @@ def perform(checkpoint: Checkpoint, setting: Setting, text: list[str], console: 
         ):
             meter = Meter(console, advance)
             meter.tell("unpack", 0, f"unpacking {checkpoint.name}")
-            folder, tokenizer = checkpoint.unpack(Path(scratch))
+            with files_read(checkpoint.name):
+                folder, tokenizer = checkpoint.unpack(Path(scratch))
             prompt = haystack.prompt(tokenizer, setting.tokens, text)
             dtype = "bfloat16" if setting.place == "cuda" else "float32"
             reading = Reading(folder, prompt.ids, dtype, ANSWER_TOKENS, stop_ids(folder, tokenizer, len(prompt.ids)))

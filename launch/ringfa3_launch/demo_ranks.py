@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringfa3_launch.generate_ranks import pages_for
+from ringfa3_launch.options import reading as files_read
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -288,7 +289,9 @@ def load(folder: Path, dtype: str, device: torch.device) -> Any:
 
     from ringfa3.inference.model import read
 
-    return read(folder, dtype=getattr(torch, dtype)).to(device)
+    with files_read(folder.resolve().name):
+        model = read(folder, dtype=getattr(torch, dtype))
+    return model.to(device)
 
 
 def watch(model: Any, tell: Callable[[float], None]) -> list[Any]:

@@ -72,7 +72,7 @@ def reading(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, IndexError, SafetensorError) as error:  # IndexError: a GGUF file that ends early
         if isinstance(error, ValueError) and refuses(error):
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())

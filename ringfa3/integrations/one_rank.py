@@ -43,6 +43,11 @@ class View:
         """Raises ValueError: generate() asks this of masks for passes that it compiles, over a static cache."""
         raise ValueError("past_key_values: wanted a cache that grows, as DynamicCache, got a static one")
 
+    @property
+    def ndim(self) -> int:
+        """Raises ValueError, as `contiguous`: older transformers (5.17) give the model such a mask, which asks this."""
+        raise ValueError("past_key_values: wanted a cache that grows, as DynamicCache, got a static one")
+
 
 def see(
     *,

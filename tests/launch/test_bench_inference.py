@@ -249,6 +249,20 @@ def test_a_model_of_files_is_called_by_its_name(tmp_path: Path) -> None:
     assert Results(asked, (), ()).title.startswith("inference, llama-of-mine, fp32")
 
 
+def test_files_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model.write(tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    (tmp_path / "torn.gguf").write_bytes(b"torn" * 64)
+    argv = ["bench", "inference", "--device", "cpu", *SMALL, "--worlds", "1", "--no-peer", "--model"]
+    for model in (folder, tmp_path / "torn.gguf"):  # in a rank, and before ranks start
+        capfd.readouterr()
+        assert main([*argv, str(model)]) == 2
+        told = capfd.readouterr().err
+        last = told.splitlines()[-1]
+        assert last.startswith("ringfa3: --model: wanted one whose files can be read, got torn ("), told
+        assert "Traceback" not in told
+
+
 def test_random_models_are_alike() -> None:
     models = [random_model("tiny", seed=seed, dtype=torch.bfloat16, device=CPU) for seed in (1, 1, 2)]
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]

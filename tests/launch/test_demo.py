@@ -14,7 +14,9 @@ import transformers
 
 from ringfa3_launch import demo, haystack
 from ringfa3_launch.checkpoint import PACKAGE, Checkpoint
+from ringfa3_launch.cli import main
 from ringfa3_launch.demo_ranks import BLOCK, Alone, Attended, Long, forget_peak, peak
+from tests.launch import tiny_model
 
 
 def options(*argv: str) -> argparse.Namespace:
@@ -221,6 +223,21 @@ def test_a_model_that_is_not_served(tmp_path: Path) -> None:
         Checkpoint(tmp_path).check_served(tmp_path)
     transformers.LlamaConfig().save_pretrained(tmp_path)
     Checkpoint(tmp_path).check_served(tmp_path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights are read by the process that reads alone, before ranks start."""
+    folder = tiny_model.write(tmp_path / "torn")
+    for name, content, why in (
+        ("model.safetensors", b"\xff" * 100, "SafetensorError"),
+        ("model.safetensors", None, "OSError"),
+        ("config.json", b"{", "OSError"),
+    ):
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        capsys.readouterr()
+        assert main(["demo", "--model", str(folder), "--device", "cpu", "--tokens", "300"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"ringfa3: --model: wanted one whose files can be read, got torn ({why}: "), line
 
 
 def test_progress_lines_reach_the_end() -> None:

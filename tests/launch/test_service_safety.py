@@ -524,8 +524,19 @@ def test_a_second_signal_breaks_off_what_is_in_flight(gang: ToyGang, caplog: pyt
     assert '"code":"shutting_down"' in told["stream"].text.replace(" ", "")
     assert [record for record in caplog.records if record.exc_info] == []
     assert "Traceback" not in caplog.text  # as uvicorn's lifespan writes them
-    assert sum("told to end a second time" in line for line in caplog.messages) == 1
+    assert [line for line in caplog.messages if line.startswith("told to end")] == [
+        "told to end: waiting at most 600 s for 3 requests in flight; a second signal (Ctrl-C) breaks them off",
+        "told to end a second time: requests in flight are broken off",
+    ]
     assert rests(gang)
+
+
+def test_nothing_in_flight_is_not_waited_for(gang: ToyGang, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(gang, limits=Limits(drain_s=600.0)) as (url, _):
+        assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 200
+        while httpx.get(f"{url}/v1/info", timeout=30).json()["completions_in_flight"]:
+            time.sleep(0.005)
+    assert not any(line.startswith("told to end") for line in caplog.messages)
 
 
 def test_conversations_are_so_many(gang: ToyGang) -> None:

@@ -278,6 +278,9 @@ def test_refusals_of_the_model_call() -> None:
     refused("position_ids: wanted positions of the whole sequence", position_ids=torch.arange(S)[None] * 2)
     refused("position_ids: wanted positions of the whole sequence", documents=[S - 5, 5])
     refused("documents: wanted lengths that sum to seqlen 37, got 36", documents=[S - 1], position_ids=None)
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(2, 1, S, S))  # by kind of layer
+    for name in ("llama", "gemma3"):
+        refused("attention_mask: wanted the whole sequences'.* got dict", name=name, attention_mask=masks)
     refused("attention_mask: wanted ones beside documents", attention_mask=batch(0, "left")["attention_mask"],
             documents=[S], position_ids=None)  # fmt: skip
     refused("documents: wanted lengths, or lengths for each of 2 batch rows, got 3 rows", documents=[[S]] * 3,

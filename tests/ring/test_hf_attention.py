@@ -268,6 +268,18 @@ def test_static_caches_are_refused() -> None:
             ours(build(name)).generate(inputs("plain")[0], max_new_tokens=3, cache_implementation="static")
 
 
+def test_static_caches_of_older_versions_are_refused() -> None:
+    """transformers 5.17 hands the mask that it made for such a cache to the model, in the place of padding."""
+    model, ids = ours(build("mistral")), inputs("plain")[0]
+    cache = transformers.StaticCache(config=model.config, max_cache_len=S + 3)
+    view = transformers.masking_utils.create_masks_for_generate(
+        config=model.config, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=None, past_key_values=cache
+    )
+    assert isinstance(view, View)
+    with pytest.raises(ValueError, match="past_key_values: wanted a cache that grows, as DynamicCache, got a static"):
+        model(input_ids=ids, attention_mask=view, past_key_values=cache)
+
+
 def test_biases_are_refused() -> None:
     torch.manual_seed(0)
     small = config("T5Config", vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)

@@ -1,5 +1,7 @@
 """Plans: all ranks' hops together paint the global mask exactly once, and what goes out to shards comes back."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -262,6 +264,29 @@ def test_plan_is_kept_by_value():
     assert (first.world, first.rank) == (1, 0)
     assert first.layout.name == "zigzag"
     assert plan(Mask(documents=[3, 5]), "balanced", 8).layout == balanced(Mask(documents=[3, 5]))
+
+
+def destroys_groups(rank, size):
+    """A plan of a destroyed group is forgotten when another is made, others are not; a plan that is held stays."""
+    lasting, group = dist.new_group(list(range(size))), dist.new_group(list(range(size)))
+    other = plan(Mask(), "zigzag", 64, lasting)
+    held, gone = plan(Mask(), "striped", 64, group), weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    assert plan(Mask(), "zigzag", 64, lasting) is other
+    assert gone() is not None
+    plan(Mask(), "contiguous", 64, lasting)
+    assert gone() is held.group
+    del held
+    assert gone() is None
+    again = plan(Mask(), "zigzag", 64, lasting)
+    plan(Mask(), "contiguous", 65, lasting)
+    assert plan(Mask(), "zigzag", 64, lasting) is again
+    dist.destroy_process_group(lasting)
+
+
+def test_plans_do_not_keep_destroyed_groups(world):
+    world(2)(destroys_groups)
 
 
 def test_describe_counts_pairs():

@@ -280,6 +280,9 @@ def test_refusals_of_the_model_call() -> None:
     refused("attention_mask: wanted 0 and 1", attention_mask=holes * 2)
     refused("attention_mask: wanted the whole sequence's", attention_mask=holes[:, :9])
     refused("attention_mask: wanted the whole sequence's", attention_mask=torch.ones(2, 1, S, S))
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(2, 1, S, S))  # by kind of layer
+    for name in ("llama", "gemma3"):
+        refused("attention_mask: wanted the whole sequence's.* got dict", name=name, attention_mask=masks)
     refused("attention_mask: wanted ones where the plan has documents", attention_mask=inputs("left")[1], documents=[S])
     refused("attention_mask: wanted padding on the left", attention_mask=inputs("right")[1], use_cache=True)
     refused("input_ids: wanted this rank's 40 of 40 positions", seqlen=40)

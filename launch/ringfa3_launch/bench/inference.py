@@ -19,7 +19,7 @@ from ringfa3_launch.bench.case import DTYPES, parse_size
 from ringfa3_launch.bench.ring import command
 from ringfa3_launch.checkpoint import hush
 from ringfa3_launch.console import Console
-from ringfa3_launch.options import gpus_for, made_folder
+from ringfa3_launch.options import gpus_for, made_folder, reading
 from ringfa3_launch.rank import RankInfo, launched
 
 if TYPE_CHECKING:
@@ -219,7 +219,8 @@ def unpacked(program: Program, scratch: Path) -> Program:
     checkpoint = None if program.folder is None else Checkpoint.find(str(program.folder))
     if checkpoint is None or checkpoint.gguf is None:
         return program
-    folder, tokenizer = checkpoint.unpack(scratch)
+    with reading(program.name):
+        folder, tokenizer = checkpoint.unpack(scratch)
     tokenizer.save_pretrained(folder)
     return replace(program, folder=folder)
 

@@ -20,6 +20,7 @@ from ringfa3_launch.bench.inference_rounds import Rounds, check, prefill
 from ringfa3_launch.bench.shapes import model_of
 from ringfa3_launch.bench.timing import Memory
 from ringfa3_launch.generate_ranks import pages_for
+from ringfa3_launch.options import reading
 from ringfa3_launch.rank import RankInfo, pick_device
 
 if TYPE_CHECKING:
@@ -78,9 +79,10 @@ class _Stage:
         self.memory = Memory(self.device)
         self.dtype: torch.dtype = getattr(torch, DTYPES[task.program.dtype])
         tell("loading the model", 0)
-        self.model, tokenizer = model_of(
-            self.program.folder, self.program.shape, seed=self.program.seed, dtype=self.dtype, device=self.device
-        )
+        with reading(self.program.name):
+            self.model, tokenizer = model_of(
+                self.program.folder, self.program.shape, seed=self.program.seed, dtype=self.dtype, device=self.device
+            )
         self.sizes = sizes_of(self.model.config)
         self.prompts = {load: prompts_of(load, self.program, self.model.config.vocab_size, tokenizer)
                         for load in self.program.loads}  # fmt: skip

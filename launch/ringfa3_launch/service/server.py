@@ -75,6 +75,12 @@ class Server(uvicorn.Server):
             self.config.timeout_graceful_shutdown = HASTE_S
 
     async def _drain(self) -> None:
+        if inside := self._app.state.service.inside:
+            LOG.warning(
+                "told to end: waiting at most %g s for %d requests in flight; a second signal (Ctrl-C) breaks them off",
+                self._drain_s,
+                inside,
+            )
         try:
             await self._app.state.service.drain(self._drain_s)
         finally:

@@ -141,11 +141,16 @@ class Service:
         began: float = request.scope["state"]["began"]
         return began + seconds
 
+    @property
+    def inside(self) -> int:
+        """Completions and attention calls under way: those that `drain` waits for."""
+        return self.completions.inside + self.attentions.inside
+
     async def drain(self, seconds: float) -> None:
         """Take no more requests, wait for those inside, and end what is left after so long."""
         self.draining.on = True
         until = time.monotonic() + seconds
-        while (self.completions.inside or self.attentions.inside) and time.monotonic() < until and not self.hurried:
+        while self.inside and time.monotonic() < until and not self.hurried:
             await asyncio.sleep(0.05)
         for stream in list(self.streams):
             stream.fail(Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5))
