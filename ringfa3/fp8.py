@@ -47,6 +47,8 @@ SCALES = {BLOCK: Along(dim=2, keys=BLOCK), 0: Along(indices=0)}  # by block; 0: 
 class Fp8:
     """How `ring_attention(fp8=...)` rounds q, k and v to e4m3.
 
+    On Hopper GPUs a head_dim above 128 takes `portable`, which multiplies in 16 bits: bf16 without fp8 is faster there.
+
     Args:
         block: keys, and rows of q, that share a scale in one head: 128; or 0: all that a rank holds.
         rotate: multiply the rows of q and k by one random orthogonal matrix first, which spreads outliers over the row;

@@ -41,10 +41,11 @@ from ringfa3_kernels.types import Partial
 
 Calls = dict[str, Callable[[], object]]
 # with ours, bf16, per-head scales, with quantize and the peer ten names: an even number takes half as many turns
+ONE_LEVEL: dict[str, Any] = {"TWO_LEVEL": False, "K_LATE": False}
 CHANGES: tuple[dict[str, Any], ...] = (
-    {"TWO_LEVEL": False, "K_LATE": False},
-    {"TWO_LEVEL": False, "K_LATE": False, "V_LATE": True},
-    {"TWO_LEVEL": False, "K_LATE": False, "LAZY": 4},
+    ONE_LEVEL,
+    {**ONE_LEVEL, "V_LATE": True},
+    {**ONE_LEVEL, "LAZY": 4},
     {"PINGPONG": True},
     {"STAGES": 3},
 )
@@ -137,6 +138,31 @@ def timed(case: Case, only: str, *, turns: int, ms: float) -> tuple[list[Row], l
     return shown, rest
 
 
+def drift(case: Case) -> list[Row]:
+    """Errors where all values are near 1, whose sums are as large as can be: what the matrix unit loses of them."""
+    q, k, v = case.tensors("cuda")
+    v = 1 + v / 10
+    exact = bench_attend.launched(case, q, k, v)
+    exact.run()
+    wanted = exact.args[5].float()
+
+    def error(x: Tensor) -> float:
+        return round(100 * ((x.float() - wanted).norm() / wanted.norm()).item(), 2)
+
+    made = quantize(q, k, v, v_order="keys")
+    base = fp8_configs.TABLE[case.D, launch.MASKS[case.visible("cpu").kind]]
+    ours, single = launched(case, *made), launched(case, *made, replace(base, **ONE_LEVEL))
+    ours.run(), single.run()
+    others = {"ours, one level": error(single.args[5])}
+    for name, call in flash_attention_3(case, q, k, v).items():
+        result = call()
+        assert isinstance(result, tuple | list)
+        others[name] = error(result[0])
+    mine = error(ours.args[5])
+    case_name = f"{named(case)} values near 1"
+    return [Row(case_name, "% error", mine, 0.0, name, x, round(x / mine, 3)) for name, x in others.items()]
+
+
 def _report_errors(
     case: Case, ours: dict[str, fp8_launch.Fp8Launch], peers: Calls, qkv: tuple[Tensor, Tensor, Tensor]
 ) -> None:
@@ -177,10 +203,10 @@ def _compile(job: tuple[Case, Fp8Config | None]) -> str:
 
 
 def save(path: Path, rows: list[Row], command: str) -> None:
-    """Write path.json and path.md; rows of other metrics (accuracy) that are there already stay."""
+    """Write path.json and path.md; rows of other metrics that are there already and not measured anew stay."""
     found = path.with_suffix(".json")
     kept = [Row(**row) for row in json.loads(found.read_text())["rows"]] if found.exists() else []
-    kept = [row for row in kept if row.metric != "TFLOP/s"]
+    kept = [row for row in kept if row.metric != "TFLOP/s" and row.case not in {new.case for new in rows}]
     title = "Forward attention on fp8, one GPU"
     rounds.save(path, [*rows, *kept], command=command, title=title, method=rounds.TOGETHER)
 
@@ -218,6 +244,7 @@ def main() -> None:
         command = " ".join(["python", "kernels/bench/bench_fp8.py", *sys.argv[1:]])
         for case in cases:
             shown, tried = timed(case, options.variants, turns=4, ms=10.0 if options.quick else 20.0)
+            shown += drift(case)
             print(*(_line(row) for row in [*shown, *tried]), sep="\n", flush=True)
             rows, others = rows + shown, others + tried
             torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import platform
 from collections import Counter
 from importlib.metadata import version
@@ -68,6 +69,10 @@ class Receipt:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    workers = int(
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)
+    )  # all threads each: twins take minutes
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     path = config.getoption("--receipt", default=None)
     if path is not None and not hasattr(config, "workerinput"):  # with pytest-xdist: not in workers
         config.pluginmanager.register(Receipt(path))

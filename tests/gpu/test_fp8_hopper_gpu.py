@@ -70,7 +70,7 @@ def close(got: Partial, made: Three, visible: Visible, scale: float, softcap: fl
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("block", [128, 0])
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [64, 128])
 def test_masks(D: int, mask: str, block: int, wide: bool) -> None:
     made = quantize(*inputs(700, 700, D), block=block, v_order="keys")
     visible = seen(mask, 700, 700)
@@ -90,10 +90,22 @@ def test_shapes(Sq: int, Sk: int, Hq: int, Hkv: int, mask: str) -> None:
     close(attend(*made, seen(mask, Sq, Sk), impl="hopper"), made, seen(mask, Sq, Sk), 128**-0.5)
 
 
-@pytest.mark.parametrize("D", [16, 80, 192])
+@pytest.mark.parametrize("D", [16, 80, 112])
 def test_head_dims_between(D: int) -> None:
     made = quantize(*inputs(300, 300, D), v_order="keys")
     close(attend(*made, seen("causal", 300, 300), impl="hopper"), made, seen("causal", 300, 300), D**-0.5)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_sums_of_one_sign_do_not_drift(mask: str, D: int) -> None:
+    """The matrix unit adds fp8 products with some 14 bits: on its own it would be 26% off here."""
+    S = 16384
+    q, k, v = inputs(S, S, D, Hq=2, Hkv=2)
+    made = quantize(q, k, 1 + v / 10, v_order="keys" if D <= 128 else "rows")
+    got = attend(*made, seen(mask, S, S), impl="hopper" if D <= 128 else "auto")
+    assert (got.out.float() - 1)[:, S // 2 :].abs().max() < 0.05
+    assert (got.out.float() - 1).mean().abs() < 0.01
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.0, 0.0), (-0.1, 0.0), (0.1, 15.0), (-0.1, 15.0)])
@@ -104,7 +116,7 @@ def test_scale_and_softcap(scale: float, softcap: float) -> None:
 
 
 @pytest.mark.parametrize("last", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [64, 128])
 def test_shards_continue_each_other(D: int, last: torch.dtype) -> None:
     q, k, v = quantize(*inputs(500, 1000, D), v_order="keys")
     whole = seen("causal", 500, 1000)

@@ -44,6 +44,7 @@ def test_hopper_serves(change: dict[str, Any]) -> None:
         ({"v_order": "rows"}, "v in order 'keys'"),
         ({"blocks": (128, 128, 0)}, "scales of one kind"),
         ({"dtype": torch.float8_e5m2}, "float8_e4m3fn, got torch.float8_e5m2"),
+        ({"D": 136}, "head_dim up to 128, whose sums it can keep in fp32, got 136"),
         ({"aligned": False}, "multiples of 16 bytes"),
         ({"capability": (8, 9)}, "compute capability 9.0, got cuda 8.9"),
         ({"dtype": torch.float32, "blocks": ()}, "needs bfloat16 or float16"),

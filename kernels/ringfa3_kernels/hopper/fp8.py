@@ -310,7 +310,7 @@ def _consumer(W: gl.constexpr, o_desc, work, scales, sm, C: gl.constexpr):
         # Triton 3.9 serialises that), the next tile's message, its rows' bounds and this one's row sums
         this = tile
         before = acc
-        if C.INTO and C.D <= 128:
+        if C.INTO:
             before = _state(W, this, work, C)
         it += 1
         ti += 1
@@ -322,8 +322,6 @@ def _consumer(W: gl.constexpr, o_desc, work, scales, sm, C: gl.constexpr):
         barrier_arrive(V_FREE + v_i, THREADS)
         o = _sum(acc, grow, pv, C) * inv
         if C.INTO:
-            if C.D > 128:  # registers hold one of the two at a time
-                before = _state(W, this, work, C)
             o = o + before * kept
         _write(W, o_desc, gl.convert_layout(o, out_layout(C), assert_trivial=True), this, qi, sm, work, C)
     if C.FILL:
