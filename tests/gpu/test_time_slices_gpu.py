@@ -50,8 +50,10 @@ def draw(B: int, S: int, H: int, D: int, seed: int) -> Tensor:
     return torch.randn(B, S, H, D, generator=g, device="cuda", dtype=torch.bfloat16)
 
 
-def halves(S: int) -> Visible:
-    """The first half of the rows sees nothing, the second all, as a zigzag shard's rows see another rank's keys."""
+def seen(kind: str, S: int) -> Visible:
+    """By intervals the first half of the rows sees nothing, the second all, as a zigzag shard's do another rank's."""
+    if kind != "intervals":
+        return (Visible.causal if kind == "causal" else Visible.full)(S, S, "cuda")
     hi = torch.full((S,), S, dtype=torch.int32, device="cuda")
     hi[: S // 2] = 0
     return Visible(torch.zeros_like(hi), hi)
@@ -59,7 +61,7 @@ def halves(S: int) -> Visible:
 
 def forward(B: int, S: int, heads: tuple[int, int], D: int, kind: str, into: bool, fp8: bool) -> list[Tensor]:
     q, k, v = (draw(B, S, h, D, seed) for seed, h in enumerate((heads[0], heads[1], heads[1])))
-    visible = {"causal": Visible.causal, "full": Visible.full}.get(kind, lambda S, _, __: halves(S))(S, S, "cuda")
+    visible = seen(kind, S)
     if fp8:
         found = attend(*quantize(q, k, v, v_order="keys"), visible=visible, impl="hopper")
     else:
@@ -70,7 +72,7 @@ def forward(B: int, S: int, heads: tuple[int, int], D: int, kind: str, into: boo
 
 def backward(B: int, S: int, heads: tuple[int, int], D: int, kind: str) -> list[Tensor]:
     q, k, v, dout = (draw(B, S, h, D, seed) for seed, h in enumerate((heads[0], heads[1], heads[1], heads[0])))
-    visible = {"causal": Visible.causal, "full": Visible.full}.get(kind, lambda S, _, __: halves(S))(S, S, "cuda")
+    visible = seen(kind, S)
     state = attend(q, k, v, visible)
     delta = row_delta(dout, state.out)
     gradients = [torch.empty(x.shape, dtype=torch.float32, device="cuda") for x in (q, k, v)]
