@@ -40,8 +40,8 @@ from ringfa3_kernels.quantized import Quantized, quantize
 from ringfa3_kernels.types import Partial
 
 Calls = dict[str, Callable[[], object]]
-# with ours, bf16, per-head scales, with quantize and the peer ten names: an even number takes half as many turns
 ONE_LEVEL: dict[str, Any] = {"TWO_LEVEL": False, "K_LATE": False}
+# with ours, bf16, per-head scales, with quantize and the peer ten names: an even number takes half as many turns
 CHANGES: tuple[dict[str, Any], ...] = (
     ONE_LEVEL,
     {**ONE_LEVEL, "V_LATE": True},
@@ -111,7 +111,10 @@ def timed(case: Case, only: str, *, turns: int, ms: float) -> tuple[list[Row], l
     heads = launched(case, *quantize(q, k, v, block=0, v_order="keys"))
     tried = {name: launched(case, *made, tile) for name, tile in variants(case, only).items()}
     peers = flash_attention_3(case, q, k, v)
-    _report_errors(case, {"ours": base, "scales a head": heads, **tried}, peers, (q, k, v))
+    # nobody is timed doing something else, and what is added up in which way shows in its error
+    errors = _errors(case, {"ours": base, "scales a head": heads, **tried}, peers, (q, k, v))
+    said = ", ".join(f"{name} {error:.2e}" for name, error in errors.items())
+    print(f"{named(case)}: error against bf16: {said}", flush=True)
     visible = case.visible("cuda")
     options: dict[str, Any] = {"scale": case.D**-0.5, "softcap": 0.0, "into": None, "out_dtype": torch.bfloat16}
     out = Partial(torch.empty_like(q), torch.empty(case.B, case.Hq, case.S, device=q.device))
@@ -141,32 +144,20 @@ def timed(case: Case, only: str, *, turns: int, ms: float) -> tuple[list[Row], l
 def drift(case: Case) -> list[Row]:
     """Errors where all values are near 1, whose sums are as large as can be: what the matrix unit loses of them."""
     q, k, v = case.tensors("cuda")
-    v = 1 + v / 10
-    exact = bench_attend.launched(case, q, k, v)
-    exact.run()
-    wanted = exact.args[5].float()
-
-    def error(x: Tensor) -> float:
-        return round(100 * ((x.float() - wanted).norm() / wanted.norm()).item(), 2)
-
-    made = quantize(q, k, v, v_order="keys")
+    qkv = q, k, 1 + v / 10
+    made = quantize(*qkv, v_order="keys")
     base = fp8_configs.TABLE[case.D, launch.MASKS[case.visible("cpu").kind]]
-    ours, single = launched(case, *made), launched(case, *made, replace(base, **ONE_LEVEL))
-    ours.run(), single.run()
-    others = {"ours, one level": error(single.args[5])}
-    for name, call in flash_attention_3(case, q, k, v).items():
-        result = call()
-        assert isinstance(result, tuple | list)
-        others[name] = error(result[0])
-    mine = error(ours.args[5])
-    case_name = f"{named(case)} values near 1"
-    return [Row(case_name, "% error", mine, 0.0, name, x, round(x / mine, 3)) for name, x in others.items()]
+    ours = {"ours": launched(case, *made), "ours, one level": launched(case, *made, replace(base, **ONE_LEVEL))}
+    errors = {name: round(100 * x, 2) for name, x in _errors(case, ours, flash_attention_3(case, *qkv), qkv).items()}
+    mine = errors.pop("ours")
+    name = f"{named(case)} values near 1"
+    return [Row(name, "% error", mine, 0.0, peer, x, round(x / mine, 3)) for peer, x in errors.items()]
 
 
-def _report_errors(
+def _errors(
     case: Case, ours: dict[str, fp8_launch.Fp8Launch], peers: Calls, qkv: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Print how far each is from our bf16 forward: nobody is timed doing something else, and adding shows its error."""
+) -> dict[str, float]:
+    """How far each is from our bf16 forward, relative to that."""
     exact = bench_attend.launched(case, *qkv)
     exact.run()
     wanted = exact.args[5].float()  # the output: args are those of the kernel
@@ -178,8 +169,7 @@ def _report_errors(
         result = call()
         assert isinstance(result, tuple | list)
         got[name] = result[0]
-    said = (f"{name} {((x.float() - wanted).norm() / wanted.norm()).item():.2e}" for name, x in got.items())
-    print(f"{named(case)}: error against bf16: {', '.join(said)}", flush=True)
+    return {name: ((x.float() - wanted).norm() / wanted.norm()).item() for name, x in got.items()}
 
 
 def precompile(cases: list[Case], only: str) -> None:

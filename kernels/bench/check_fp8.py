@@ -84,7 +84,7 @@ def table(*, quick: bool) -> list[Fp8Check]:
         found += [Fp8Check(Check(m, Hq=16, Sq=1280, Sk=1280), change=tuple(change.items())) for m in ("full", "causal")]
     if quick:
         return found
-    found += [Fp8Check(Check(m, D)) for D, m in product((16, 48, 96, 144, 192), ("causal", "documents"))]
+    found += [Fp8Check(Check(m, D)) for D, m in product((16, 48, 80, 96, 112), ("causal", "documents"))]
     found += [Fp8Check(Check("full", D, shards=4, wide=w)) for D, w in product((64, 128), (False, True))]
     found += [Fp8Check(replace(c.call, layout="BHSD")) for c in found[:6]]
     return found

@@ -1,6 +1,6 @@
 """What torch.compile adds to a step's host time over eager code: for a small Llama, which is judged, and calls alone.
 
-    python launch/bench/compile_overhead.py [--device cpu|cuda] [--only REGEX] [--rounds 30] [--out docs/results]
+    python launch/bench/compile_overhead.py [--device cpu|cuda] [--only REGEX] [--rounds 30] [--steps 10] [--out FOLDER]
     torchrun --nproc-per-node 2 launch/bench/compile_overhead.py                    with the ranks' agreement
 
 A step is one forward and one backward pass, of sizes so small that the host is what takes time. On CUDA its time is

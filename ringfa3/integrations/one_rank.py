@@ -20,6 +20,7 @@ from ringfa3.mask import Mask
 from ringfa3_kernels import Visible
 
 Ints = NDArray[np.int64]
+STATIC = "past_key_values: wanted a cache that grows, as DynamicCache, got a static one"
 
 
 class View:
@@ -41,12 +42,12 @@ class View:
 
     def contiguous(self) -> View:
         """Raises ValueError: generate() asks this of masks for passes that it compiles, over a static cache."""
-        raise ValueError("past_key_values: wanted a cache that grows, as DynamicCache, got a static one")
+        raise ValueError(STATIC)
 
     @property
     def ndim(self) -> int:
         """Raises ValueError, as `contiguous`: older transformers (5.17) give the model such a mask, which asks this."""
-        raise ValueError("past_key_values: wanted a cache that grows, as DynamicCache, got a static one")
+        raise ValueError(STATIC)
 
 
 def see(

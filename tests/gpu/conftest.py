@@ -69,7 +69,7 @@ class Receipt:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # all threads each: twins take minutes
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # with all threads each they wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     path = config.getoption("--receipt", default=None)
     if path is not None and not hasattr(config, "workerinput"):  # with pytest-xdist: not in workers

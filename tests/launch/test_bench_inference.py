@@ -253,13 +253,14 @@ def test_files_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[
     folder = tiny_model.write(tmp_path / "torn")
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     (tmp_path / "torn.gguf").write_bytes(b"torn" * 64)
+    (tmp_path / "short.gguf").write_bytes(b"GGUF")
     argv = ["bench", "inference", "--device", "cpu", *SMALL, "--worlds", "1", "--no-peer", "--model"]
-    for model in (folder, tmp_path / "torn.gguf"):  # in a rank, and before ranks start
+    for model in (folder, tmp_path / "torn.gguf", tmp_path / "short.gguf"):  # in a rank, and before ranks start
         capfd.readouterr()
         assert main([*argv, str(model)]) == 2
         told = capfd.readouterr().err
         last = told.splitlines()[-1]
-        assert last.startswith("ringfa3: --model: wanted one whose files can be read, got torn ("), told
+        assert last.startswith(f"ringfa3: --model: wanted one whose files can be read, got {model.stem} ("), told
         assert "Traceback" not in told
 
 

@@ -309,7 +309,6 @@ def _consumer(W: gl.constexpr, o_desc, work, scales, sm, C: gl.constexpr):
         # while the last PV runs: the state, which would keep wgmma's registers busy as the loop's first acc (ptxas of
         # Triton 3.9 serialises that), the next tile's message, its rows' bounds and this one's row sums
         this = tile
-        before = acc
         if C.INTO:
             before = _state(W, this, work, C)
         it += 1
