@@ -13,6 +13,7 @@ import torch
 
 from ringfa3 import RankFailed
 from ringfa3_launch.cluster import RingCluster
+from ringfa3_launch.cluster.faults import NotReady
 from tests.launch.test_cluster import check
 
 pytestmark = [pytest.mark.multigpu(2), pytest.mark.xdist_group("ranks, engine")]
@@ -73,11 +74,12 @@ def test_a_rank_killed_in_the_middle_of_attention(cluster: RingCluster) -> None:
     for caller in callers:
         caller.join(SOON + 10)
     assert len(heard) == 3
-    for error, at in heard:
-        assert isinstance(error, RankFailed), error
-        assert error.rank == 1
+    for error, at in heard:  # one at most had just been answered, and asked again
+        assert isinstance(error, RankFailed | NotReady), error
+        assert "rank 1" in str(error)
         assert "SIGKILL" in str(error)
         assert at - since < SOON
+    assert sum(isinstance(error, RankFailed) and error.rank == 1 for error, _ in heard) >= 2
     cluster.wait(AGAIN)
     qkv = inputs(500)
     check(cluster.attention(*qkv), None, qkv)

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from ringfa3.inference.text import Transcript
-from ringfa3_launch.bench import service, service_report
+from ringfa3_launch.bench import service, service_judge, service_report
 from ringfa3_launch.bench.inference_case import Sizes
 from ringfa3_launch.bench.service_case import Level, Overhead, Pair, Played, Program, Service
 from ringfa3_launch.bench.service_judge import chosen, judge
@@ -185,6 +185,8 @@ def test_the_judge_can_say_no() -> None:
     assert not chosen([1, 2, 1], exact, exact)  # nothing rounded: no ties
     assert chosen([1, 1, 1], exact, exact)
     assert not chosen([1, 1, 1], exact * torch.nan, exact)
+    assert chosen([1, 2, 1], exact, error=0.02)  # allowed: 2 * 3 * 0.02
+    assert not chosen([1, 2, 1], exact, error=0.01)
 
 
 def test_the_judge_asks_the_model(tmp_path: Path) -> None:
@@ -215,6 +217,31 @@ def test_the_judge_asks_the_model(tmp_path: Path) -> None:
     found.levels, found.lone = [Level(3, 1.0, (tie,))], {0: wrong[0]}  # beside a wrong lone answer nothing is right
     judge(found, device="cpu")
     assert found.levels[0].wrong == 1
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_the_judge_of_long_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    """Pairs are judged as levels are; where wider precision takes too long, by the first prompt's error."""
+    monkeypatch.setattr(service_judge, "LONG", 30 if long else 100)
+    folder = write_random(tmp_path / "tiny", "tiny", dtype="bfloat16", device="cpu", seed=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    prompts = [list(range(20)), list(range(40, 90))]
+    with torch.no_grad():
+        first, (best, other, *_, last) = (
+            model(torch.tensor([ids])).logits[0, -1].topk(500).indices.tolist() for ids in prompts
+        )
+        model.lm_head.weight[other] = model.lm_head.weight[best]
+    model.save_pretrained(folder)
+    lone = {0: Answer(0, ids=(first[0],)), 1: Answer(1, ids=(best,))}
+    answers = [Answer(1, ids=(token,)) for token in (best, other, last)]
+    over = Overhead(50, tuple(Pair(lone[1], answer) for answer in answers))
+    found = Played(replace(HERE, dtype="bf16", folder=folder), [], [over], lone=lone, prompts=prompts)
+    judge(found, device="cpu")
+    assert found.missing == []
+    assert (len(found.overheads[0].parted), found.overheads[0].ties, found.overheads[0].wrong) == (2, 1, 1)
+    results = service_report.Results(replace(PROGRAM, long=50), found)
+    assert service_report.wrongs(results) == ["S50: 1 answers neither the bare engine's nor a tie"]
+    assert results.wrong
 
 
 def test_verdicts_hold_the_bounds_on_gpus() -> None:

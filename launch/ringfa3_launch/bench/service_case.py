@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,10 +61,21 @@ class Overhead:
     Args:
         length: tokens of the prompts.
         pairs: answered without an error.
+        ties: of the pairs that are not one answer, those that part at a tie.
     """
 
     length: int
     pairs: tuple[Pair, ...]
+    ties: int = 0
+
+    @property
+    def parted(self) -> list[Pair]:
+        """Pairs that are not one answer."""
+        return [pair for pair in self.pairs if not pair.bare.error and said(pair.bare) != said(pair.served)]
+
+    @property
+    def wrong(self) -> int:
+        return len(self.parted) - self.ties
 
     @property
     def first(self) -> Timing:
@@ -161,9 +172,9 @@ class Played:
     levels: list[Level] = field(default_factory=list)
     overheads: list[Overhead] = field(default_factory=list)
     lone: dict[int, Answer] = field(default_factory=dict)  # by prompt
-    prompts: list[list[int]] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)  # the long ones last
     missing: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)  # pairs whose two answers are not one
+    wrong: list[str] = field(default_factory=list)  # what broke off
 
 
 def said(answer: Answer) -> Said:
@@ -171,12 +182,10 @@ def said(answer: Answer) -> Said:
     return answer.prompt, answer.ids, answer.text
 
 
-def differing(levels: Sequence[Level], lone: dict[int, Answer]) -> list[Answer]:
+def differing(played: Played) -> list[Answer]:
     """Answers that are not the lone one, each once."""
-    found = {
-        said(answer): answer
-        for level in levels
-        for answer in level.good
-        if answer.prompt in lone and said(answer) != said(lone[answer.prompt])
-    }
+    answers = [answer for level in played.levels for answer in level.good]
+    answers += [pair.served for overhead in played.overheads for pair in overhead.pairs]
+    lone = played.lone
+    found = {said(a): a for a in answers if a.prompt in lone and said(a) != said(lone[a.prompt])}
     return list(found.values())

@@ -24,6 +24,7 @@ WIDER = {"bf16": "float32", "fp16": "float32", "fp32": "float64"}
 TIMES = 2  # of plain transformers' error: what ours may have, for each of the two logits
 FLOOR = 1e-6  # of the largest logit
 LIKELY = 64  # tokens whose error counts: others' is never in question, and there are many
+LONG = 1 << 14  # tokens of a prompt that wider precision takes too long for: the first prompt's error serves
 
 
 def judge(played: Played, *, device: str) -> None:
@@ -32,7 +33,7 @@ def judge(played: Played, *, device: str) -> None:
     Args:
         device: "cpu" or "cuda", which the ranks have left.
     """
-    others = differing(played.levels, played.lone)
+    others = differing(played)
     ties: set[Said] = set()
     folder = played.service.folder
     if others and folder is not None:
@@ -43,6 +44,10 @@ def judge(played: Played, *, device: str) -> None:
     elif others:
         played.missing.append(f"{len(others)} answers differ from the lone one; without the model no tie can be seen")
     played.levels = [_counted(level, played.lone, ties) for level in played.levels]
+    played.overheads = [
+        replace(overhead, ties=sum(said(pair.served) in ties for pair in overhead.parted))
+        for overhead in played.overheads
+    ]
 
 
 def _counted(level: Level, lone: dict[int, Answer], ties: set[Said]) -> Level:
@@ -59,10 +64,19 @@ def _ties(folder: Path, others: Sequence[Answer], played: Played, device: str) -
     plain = read(folder, dtype=getattr(torch, DTYPES[dtype])).to(device)
     exact = copy.deepcopy(plain).to(getattr(torch, WIDER[dtype]))
 
+    def both(prompt: int, ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        near, wide = (_logits(model, played.prompts[prompt], ids, device) for model in (plain, exact))
+        return near, wide
+
+    @cache
+    def usual() -> float:
+        return float(rounding(*both(0, played.lone[0].ids)).max())
+
     @cache  # the lone answer is asked of once for each that parts from it
     def right(prompt: int, ids: tuple[int, ...]) -> bool:
-        logits = [_logits(model, played.prompts[prompt], ids, device) for model in (plain, exact)]
-        return chosen(ids, *logits)
+        if len(played.prompts[prompt]) <= LONG:
+            return chosen(ids, *both(prompt, ids))
+        return chosen(ids, _logits(plain, played.prompts[prompt], ids, device), error=usual())
 
     found = set()
     for answer in others:
@@ -85,17 +99,23 @@ def _logits(model: Any, prompt: Sequence[int], ids: Sequence[int], device: str) 
     return logits
 
 
-def chosen(ids: Sequence[int], plain: Tensor, exact: Tensor) -> bool:
+def rounding(plain: Tensor, exact: Tensor) -> Tensor:
+    """[n]: the largest error among the likeliest tokens; arguments as of `chosen`."""
+    likely = exact.topk(min(LIKELY, exact.shape[1])).indices
+    return (plain - exact).gather(1, likely).abs().amax(1)
+
+
+def chosen(ids: Sequence[int], plain: Tensor, exact: Tensor | None = None, *, error: float = 0.0) -> bool:
     """Whether each token is the likeliest after those before it, or as likely, for what rounding may do.
 
     Args:
         ids: of an answer, n.
         plain, exact: [n, vocab] logits of its tokens, in the dtype that is served and in wider precision.
+        error: without exact: plain's, which it stands for with that error of its own.
     """
     import torch
 
-    best, likely = exact.topk(min(LIKELY, exact.shape[1]))
-    error = (plain - exact).gather(1, likely).abs().amax(1)
-    allowed = 2 * (TIMES * error + FLOOR * exact.abs().amax(1))
-    lacking = best[:, 0] - exact.gather(1, torch.tensor(ids)[:, None])[:, 0]
-    return bool((lacking <= allowed).all())
+    allowed = TIMES * rounding(plain, exact) if exact is not None else (TIMES + 1) * error
+    logits = plain if exact is None else exact
+    lacking = logits.amax(1) - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return bool((lacking <= 2 * (allowed + FLOOR * logits.abs().amax(1))).all())

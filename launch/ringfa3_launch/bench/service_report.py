@@ -32,7 +32,8 @@ LEVELS = (
     "p99", "429", "errors", "equal", "ties", "wrong",
 )  # fmt: skip
 OVERHEADS = (
-    "prompt", "pairs", "first token s", "bare", "added ms", "±", "each token ms", "bare", "added %", "±",
+    "prompt", "pairs", "equal", "ties", "first token s", "bare", "added ms", "±",
+    "each token ms", "bare", "added %", "±",
 )  # fmt: skip
 NOTE = (
     "clients: at once, each asking again as soon as it has its answer. first token: from sending the request to its "
@@ -49,7 +50,8 @@ METHOD = (
     "engine and of the service, who is first taking turns; the engine's answers are the lone ones that all others "
     "have to equal. One that does not is judged by transformers on one device, in the same precision and in a wider "
     "one: a tie is where the other token's logit is below the best by no more than twice plain transformers' error "
-    "for each of the two."
+    "for each of the two. Wider precision takes too long for long prompts: there it is three times the error of the "
+    "first short one, in transformers' logits of the same precision."
 )
 
 
@@ -72,7 +74,8 @@ class Results:
     def wrong(self) -> bool:
         """Whether some answer was not what it should be, or none came."""
         levels = self.played.levels
-        return bool(self.played.wrong) or any(level.errors or level.wrong for level in levels)
+        wrong = any(overhead.wrong for overhead in self.played.overheads)
+        return bool(self.played.wrong) or wrong or any(level.errors or level.wrong for level in levels)
 
 
 def judge(results: Results) -> list[Verdict]:
@@ -85,6 +88,9 @@ def judge(results: Results) -> list[Verdict]:
         there = [each for each in played.overheads if each.length == results.program.long]
         count = len(there[0].pairs) if there else 0
         found.append(Verdict(where, "requests answered", "ours", "> 0", count, count > 0))
+        if count and service.launcher:
+            wrong = there[0].wrong
+            found.append(Verdict(where, "answers neither the bare engine's nor a tie", "ours", "0", wrong, wrong == 0))
     for overhead in played.overheads if service.launcher else ():
         where = service.case("completion", overhead.length)
         for what, added, bound, factor in (
@@ -203,6 +209,7 @@ def overhead_table(results: Results) -> list[list[str]]:
     bare = bool(results.played.service.launcher)
     for overhead in results.played.overheads:
         cells = [format_size(overhead.length), str(len(overhead.pairs))]
+        cells += [str(len(overhead.pairs) - len(overhead.parted)), str(overhead.ties)] if bare else ["n/a"] * 2
         for figure, factor, unit in (("first", 1.0, 1e3), ("each", 1e3, 1e2)):
             cells.append(f"{factor * overhead.of('served', figure).median:.4g}")
             added: Timing = getattr(overhead, figure)
@@ -218,6 +225,10 @@ def overhead_table(results: Results) -> list[list[str]]:
 def wrongs(results: Results) -> list[str]:
     """What was not as it should be, in words; each error once."""
     found = dict.fromkeys(results.played.wrong)
+    for overhead in results.played.overheads:
+        if overhead.wrong and overhead.length == results.program.long:
+            where = f"S{format_size(overhead.length)}"
+            found[f"{where}: {overhead.wrong} answers neither the bare engine's nor a tie"] = None
     for level in results.played.levels:
         if level.wrong and results.played.lone:
             found[f"{level.concurrency} clients: {level.wrong} answers neither the lone one nor a tie"] = None
