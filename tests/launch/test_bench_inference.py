@@ -15,7 +15,18 @@ import transformers
 
 from ringfa3.inference import Engine
 from ringfa3_launch.bench import inference, inference_peer, inference_report
-from ringfa3_launch.bench.inference_case import Checked, Kernel, Load, Played, Program, Served, Sizes, Truth, case_name
+from ringfa3_launch.bench.inference_case import (
+    Attention,
+    Checked,
+    Kernel,
+    Load,
+    Played,
+    Program,
+    Served,
+    Sizes,
+    Truth,
+    case_name,
+)
 from ringfa3_launch.bench.inference_ranks import prompts_of, sizes_of
 from ringfa3_launch.bench.inference_rounds import Rounds, check, prefill
 from ringfa3_launch.bench.inference_verdicts import Results, judge
@@ -66,6 +77,12 @@ def test_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
                 assert 0 <= error["ours"] <= error["theirs"] < 1e-4
     assert got["decode-attention causal D16 H4:2 S128 W1 fp32 B2", "GB/s", "device copy"]["ratio"] > 0
     assert got["merge D16 H4:2 W2 fp32 B2", "µs per layer", "none"]["ours"] > 0
+    for world in (1, 2):
+        case = f"prefill causal D16 H4:2 S96 W{world} fp32"
+        row = got[case, "s of attention", "ring attention"]
+        assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"], rel=2e-3)
+        assert 0 < row["ours"] < 5 * got[case, "s to first token", "transformers"]["ours"]
+    assert "## Attention within a prefill" in (tmp_path / "inference.md").read_text()
     assert "## Checked" in (tmp_path / "inference.md").read_text()
     assert (tmp_path / "inference.png").stat().st_size > 10_000
 
@@ -144,13 +161,16 @@ def served(first: float, each: float) -> Served:
     return Served(*(Timing((t, t)) for t in (first, each, first + 32 * each)), ((1,),), 2**30, 3, 2**20)
 
 
-def on_gpus(*, first: float = 0.5, each: float = 0.9, copy: float = 0.9, merge: float = 25e-6) -> Results:
+def on_gpus(
+    *, first: float = 0.5, each: float = 0.9, copy: float = 0.9, merge: float = 25e-6, attention: float = 1.0
+) -> Results:
     """Two worlds of a Llama-3-8B: what two ranks take of one's time, and the parts."""
     loads = (Load(128 << 10), Load(256 << 10))
     one = Played(1, SIZES, "cuda", served=dict.fromkeys(loads, served(10.0, 0.02)))
     one.kernels.append(Kernel(64 << 10, 1, Timing((1e-3,)), int(copy * 4e9), 4e12))
     two = Played(2, SIZES, "cuda", served=dict.fromkeys(loads, served(10.0 * first, 0.02 * each)))
     two.merges[1] = Timing((merge,))
+    two = replace(two, attention=Attention(128 << 10, 3.2, 5.0, Timing((attention * 0.1,)), 32))
     asked = program(loads=loads, shape="llama-3-8b", dtype="bf16", device="cuda", tokens=32)
     return Results(asked, (one, two), ())
 
@@ -163,13 +183,14 @@ def on_gpus(*, first: float = 0.5, each: float = 0.9, copy: float = 0.9, merge: 
         ({"each": 1.1}, ["decode S256K W2"]),
         ({"copy": 0.8}, ["decode attention S64K B1"]),
         ({"merge": 31e-6}, ["merge W2 B1"]),
+        ({"attention": 0.94}, ["prefill S128K W2"]),
     ],
     ids=lambda x: str(x),
 )
 def test_what_is_asked_of_two_gpus(slower: dict[str, float], wrong: list[str]) -> None:
     verdicts = judge(on_gpus(**slower))
     assert [v.case for v in verdicts if v.ok is False] == wrong
-    assert sum(v.ok is not None for v in verdicts) == 4
+    assert sum(v.ok is not None for v in verdicts) == 5
 
 
 def test_wrong_answers_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

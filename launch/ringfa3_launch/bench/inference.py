@@ -37,7 +37,8 @@ Reported per prompt length, batch and world, as medians over the rounds:
   memory        peak of the rank that has most, weights and whole cache included
   checks        greedy tokens equal transformers' (or part at a tie); logits after the prompt against wider precision
 
-and alone: decode attention of one layer beside a device copy, and the merge of the ranks' Partials."""
+and alone: decode attention of one layer beside a device copy, and the merge of the ranks' Partials; with random
+weights also attention within the longest prefill, beside ring attention over as many tokens."""
 
 EXAMPLES = """\
 examples:

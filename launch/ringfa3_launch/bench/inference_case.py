@@ -155,6 +155,29 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Attention within a prefill, of all layers and chunks, with what it waits for; of the slowest rank.
+
+    Args:
+        length: tokens of the prompt.
+        seconds: that attention took; of `prefill` in all.
+        ring: seconds of one causal ring attention over as many tokens, by round.
+        layers: how many of those the prefill has.
+    """
+
+    length: int
+    seconds: float
+    prefill: float
+    ring: Timing
+    layers: int
+
+    @property
+    def speed(self) -> float:
+        """Over the ring's own."""
+        return self.layers * self.ring.median / self.seconds
+
+
+@dataclass(frozen=True)
 class Played:
     """What came of a program on one world, on rank 0."""
 
@@ -167,6 +190,7 @@ class Played:
     truths: dict[Load, Truth] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
     merges: dict[int, Timing] = field(default_factory=dict)  # by batch
+    attention: Attention | None = None
     missing: list[str] = field(default_factory=list)
 
 

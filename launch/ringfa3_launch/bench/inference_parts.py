@@ -1,16 +1,24 @@
-"""Parts of a decode step, timed alone: attention over a paged cache beside a device copy, and the merge over ranks."""
+"""Parts of a decode step, timed alone: attention over a paged cache beside a device copy, and the merge over ranks.
+
+And one part of a prefill, timed within it: attention, beside ring attention as a caller has it.
+"""
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ringfa3_launch.bench.inference_case import Kernel, Sizes
+from ringfa3_launch.bench.inference_case import Attention, Kernel, Sizes
+from ringfa3_launch.bench.inference_rounds import prefill
 from ringfa3_launch.bench.timing import Clock, Contestant, Timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
+
+    from ringfa3.inference import Runner
 
 CALLS = 32  # in a graph, as many as a model has layers
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 32 << 20}  # of a device copy: far more than any cache between
@@ -68,6 +76,72 @@ def time_merge(sizes: Sizes, batch: int, ranks: Any, *, device: torch.device, se
         clock = Clock(device, ranks.group or torch.distributed.group.WORLD)
         timing = clock.interleaved([Contestant("merge", call)], seconds)["merge"]
     return Timing(tuple(t / times for t in timing.seconds))
+
+
+def time_attention(
+    runner: Runner, prompt: Sequence[int], chunk: int, sizes: Sizes, *, dtype: torch.dtype, device: torch.device,
+    seconds: float,
+) -> Attention:  # fmt: skip
+    """Of a prompt that the ranks have prefilled before; its model has causal attention alone. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    from ringfa3 import ring_attention
+
+    clock = Clock(device, dist.group.WORLD)
+    with _stamped(device) as spans:
+        begin = _now(device)
+        prefill(runner, prompt, chunk)
+        spans.append((begin, _now(device)))
+    times = [_between(*span) for span in spans]
+    whole, attention = clock.agreed([times[-1], sum(times[:-1])])
+    rows = len(prompt) // dist.get_world_size()
+    q, k, v = (torch.randn(1, rows, H, sizes.D, dtype=dtype, device=device) for H in (sizes.Hq, sizes.Hkv, sizes.Hkv))
+    with torch.inference_mode():
+        contestant = Contestant("ring", lambda: ring_attention(q, k, v, causal=True, layout="zigzag"))
+        contestant.call()
+        ring = clock.interleaved([contestant], seconds)["ring"]
+    return Attention(len(prompt), attention, whole, ring, sizes.layers)
+
+
+@contextmanager
+def _stamped(device: torch.device) -> Iterator[list[tuple[Any, Any]]]:
+    """Within, the list gets the begin and the end of every layer's attention in a prefill."""
+    from ringfa3.inference.attend import Prefill
+
+    spans: list[tuple[Any, Any]] = []
+    attend = Prefill.attend
+
+    def stamped(step: Prefill, *args: Any, **kwargs: Any) -> torch.Tensor:
+        begin = _now(device)
+        out = attend(step, *args, **kwargs)
+        spans.append((begin, _now(device)))
+        return out
+
+    Prefill.attend = stamped  # type: ignore[method-assign, assignment]
+    try:
+        yield spans
+    finally:
+        Prefill.attend = attend  # type: ignore[method-assign]
+
+
+def _now(device: torch.device) -> Any:
+    """A moment on the device's stream."""
+    import torch
+
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    """Seconds."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:

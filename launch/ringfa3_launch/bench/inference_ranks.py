@@ -132,6 +132,7 @@ class _Stage:
         )
         announcer = Announcer(timeout=600.0)
         worst = 0.0  # one device's error in the longest prompt that was judged exactly
+        done: list[Load] = []
         for load in program.loads:
             where = f"S{format_size(load.length)} B{load.batch} on {self.info.world} ranks"
             told = [self._late(), load in self.played.truths]
@@ -151,7 +152,16 @@ class _Stage:
                     self.played.checked[load] = checked
                 self._keep()
             self.tell(f"{where}: {served.first.median:.3g} s, {1e3 * served.each.median:.3g} ms a token", 1)
+            done.append(load)
         announcer.close()
+        longest = max((load for load in done if load.batch == 1), default=None)
+        if longest is not None and program.shape is not None:  # other models may have windows, or no plain softmax
+            self.tell("attention within the prefill", 0)
+            attention = parts.time_attention(
+                runner, self.prompts[longest][0], program.chunk, self.sizes, dtype=self.dtype, device=self.device,
+                seconds=PART_SECONDS,
+            )  # fmt: skip
+            self.played = replace(self.played, attention=attention)
 
     def _judge_one(self, load: Load) -> None:
         prompts = self.prompts[load]

@@ -23,6 +23,7 @@ COLUMNS = (
 )  # fmt: skip
 CHECKS = ("prompt", "ranks", "tokens", "logits' error", "one device's", "allowed", "against", "verdict")
 PARTS = ("part", "ranks", "µs", "±", "GB/s", "of a copy")
+ATTENTION = ("prompt", "ranks", "prefill s", "of them attention", "share", "as ring attention", "±", "of its speed")
 NOTE = (
     "first token: from the request to its first token; each token: from one to the next, once all prompts are read; "
     "tokens/s: of the whole batch, prefill included. x one rank and x theirs: time of one rank, and of transformers' "
@@ -37,7 +38,9 @@ METHOD = (
     "weights) runs on rank 0 of the first world, before ours. A load's first round is not counted; medians over the "
     "others; ± is half the range from the 20th to the 80th percentile. Times are those of the events that a caller of "
     "the engine gets: scheduling, announcing and sampling are in them. Parts are timed alone, decode attention in turn "
-    "with a device copy (reads and writes counted), the merge as in a decode step (CUDA graphs)."
+    "with a device copy (reads and writes counted), the merge as in a decode step (CUDA graphs). Attention within a "
+    "prefill is timed in one of its own, layer by layer, with what it waits for; as ring attention: one causal call "
+    "over as many tokens, for each layer."
 )
 
 
@@ -101,6 +104,10 @@ def rows(results: Results) -> list[dict[str, Any]]:
 def _part_rows(results: Results) -> list[dict[str, Any]]:
     found = []
     for world in results.worlds:
+        if (attention := world.attention) is not None:
+            case = case_name("prefill", Load(attention.length), world.sizes, world.world, results.program.dtype)
+            ring = Timing(tuple(attention.layers * t for t in attention.ring.seconds))
+            found.append(timed(case, "s of attention", Timing((attention.seconds,)), "ring attention", ring))
         for kernel in world.kernels:
             case = case_name(
                 "decode-attention", Load(kernel.length, kernel.batch), world.sizes, 1, results.program.dtype
@@ -163,13 +170,31 @@ def part_table(results: Results) -> list[list[str]]:
     return lines
 
 
+def attention_table(results: Results) -> list[list[str]]:
+    """ATTENTION of every world."""
+    return [
+        [
+            format_size(each.length),
+            str(world.world),
+            f"{each.prefill:.4g}",
+            f"{each.seconds:.4g}",
+            f"{each.seconds / each.prefill:.2f}",
+            f"{each.layers * each.ring.median:.4g}",
+            f"{each.layers * report.half_range(each.ring):.2g}",
+            f"{each.speed:.3f}",
+        ]
+        for world in results.worlds
+        if (each := world.attention) is not None
+    ]
+
+
 def show(results: Results, found: dict[str, Any], console: Console) -> None:
     """Print the tables, and below them what is missing."""
     console.heading(f"{results.title} on {found['device']}")
     console.table(COLUMNS, table(results))
-    for title, columns, lines in (("checked", CHECKS, checks(results)), ("parts, alone", PARTS, part_table(results))):
+    for title, columns, lines in _more(results):
         if lines:
-            console.heading(title)
+            console.heading(title.lower())
             styles = ["broken" if "WRONG" in line else "plain" for line in lines]
             console.table(columns, lines, styles)
     console.say(NOTE, "dim")
@@ -180,6 +205,15 @@ def show(results: Results, found: dict[str, Any], console: Console) -> None:
             )
     for line in results.missing():
         console.say(f"missing: {line}", "broken" if "FAILED" in line else "note")
+
+
+def _more(results: Results) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """Tables below the first: title, columns, lines."""
+    return [
+        ("Checked", CHECKS, checks(results)),
+        ("Attention within a prefill", ATTENTION, attention_table(results)),
+        ("Parts, alone", PARTS, part_table(results)),
+    ]
 
 
 def write(results: Results, found: dict[str, Any], folder: Path, name: str) -> list[Path]:
@@ -206,7 +240,7 @@ def markdown(results: Results, found: dict[str, Any], plot: Path | None) -> str:
     if plot is not None:
         parts.append(f"![{results.title}]({plot.name})")
     parts += ["## Every case", NOTE, grid(COLUMNS, table(results))]
-    for title, columns, rows_ in (("Checked", CHECKS, checks(results)), ("Parts, alone", PARTS, part_table(results))):
+    for title, columns, rows_ in _more(results):
         if rows_:
             parts += [f"## {title}", grid(columns, rows_)]
     if results.missing():

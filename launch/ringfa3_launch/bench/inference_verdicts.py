@@ -14,6 +14,7 @@ K = 1 << 10
 FASTER = {(2, 128 * K): 1.85}  # (ranks, prompt) -> time to the first token of one rank over that of these, at least
 SHORTER = {(2, 256 * K)}  # (ranks, prompt) whose time per token has to be below that of one rank
 OF_COPY = 0.85  # decode attention's bytes a second over a device copy's, at least, from 64K cached tokens on
+OF_RING = 0.95  # attention's speed within a prefill over ring attention's own, at least, from 128K tokens on
 MERGE = {2: 30e-6}  # ranks -> seconds that the merge of a layer may take on GPUs
 
 
@@ -81,6 +82,11 @@ def judge(results: Results) -> list[Verdict]:
             found.append(Verdict(f"decode {where}", "equal tokens", "ours", words, checked.same, checked.tokens))
     for world in results.worlds:
         on_gpu = world.device == "cuda"
+        attention = world.attention
+        if attention is not None:
+            asked = OF_RING if on_gpu and world.world > 1 and attention.length >= 128 * K else None
+            case = f"prefill S{format_size(attention.length)} W{world.world}"
+            found.append(_at_least(case, "attention's speed over the ring's own", asked, attention.speed))
         for kernel in world.kernels:
             case = f"decode attention S{format_size(kernel.length)} B{kernel.batch}"
             asked = OF_COPY if on_gpu and kernel.length >= 64 * K else None

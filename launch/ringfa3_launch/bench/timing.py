@@ -76,7 +76,7 @@ class Clock:
         Args:
             fewest: rounds at least.
         """
-        once = self._agreed([self._sample(contestant, 1) for contestant in contestants])
+        once = self.agreed([self._sample(contestant, 1) for contestant in contestants])
         repeats = [int(max(1, min(200, SAMPLE_SECONDS // max(t, 1e-7)))) for t in once]
         a_round = sum(t * n for t, n in zip(once, repeats, strict=True))
         rounds = max(fewest, min(MOST_ROUNDS, int(seconds / a_round)))
@@ -87,7 +87,7 @@ class Clock:
                 j = (i + r) % len(contestants)
                 if len(times[j]) <= r:
                     times[j].append(self._sample(contestants[j], repeats[j]))
-        slowest = iter(self._agreed([t for own in times for t in own]))
+        slowest = iter(self.agreed([t for own in times for t in own]))
         return {
             contestant.name: Timing(tuple(next(slowest) for _ in own))
             for contestant, own in zip(contestants, times, strict=True)
@@ -114,7 +114,7 @@ class Clock:
             stop.synchronize()
             return float(start.elapsed_time(stop)) / 1e3 / repeats
 
-    def _agreed(self, values: Sequence[float]) -> list[float]:
+    def agreed(self, values: Sequence[float]) -> list[float]:
         """The largest over the ranks, each."""
         if self.group is None:
             return list(values)
