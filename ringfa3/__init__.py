@@ -2,7 +2,7 @@
 
 from ringfa3 import operators as operators  # registered with torch.library
 from ringfa3.agree import Agreement
-from ringfa3.attention import ring_attention
+from ringfa3.attention import release_buffers, ring_attention
 from ringfa3.errors import RankFailed
 from ringfa3.fp8 import Fp8
 from ringfa3.handle import Handle
@@ -21,6 +21,7 @@ __all__ = [
     "RankFailed",
     "balanced",
     "plan",
+    "release_buffers",
     "ring_attention",
     "shard",
     "unshard",

@@ -34,7 +34,7 @@ from ringfa3.shards import Group, members
 from ringfa3.sinks import with_sinks
 from ringfa3.transport import Transport
 from ringfa3.transport.choose import choose
-from ringfa3.ulysses import Alone, Heads, exchange, numbered, parts, ring_gang, ring_ranks
+from ringfa3.ulysses import Alone, Heads, exchange, hop_gang, numbered, parts, ring_gang, ring_ranks
 from ringfa3_kernels import Partial, Quantized, attend, attend_backward, row_delta
 from ringfa3_kernels.door import is_aligned, state_dtype
 
@@ -193,6 +193,26 @@ def prepare(
         plan.ring, transfer, ring_ranks(plan), heads, gang.lane(q.device), asked, agreement, gang.number(),
         profiling.asked(),
     )  # fmt: skip
+
+
+def release_buffers(group: Group = None) -> None:
+    """Give back the memory that this group's calls have kept for the next one. Every rank of the group must call.
+
+    Transports "pull" and "hierarchical" keep buffers, symmetric memory on GPUs, which torch's allocator does not know:
+    as much as their longest call needed, a few shards of keys and values. They grow with calls and do not shrink, so
+    after a call with 1M tokens this may give back gigabytes. Waits for what is under way; the next call makes its own
+    buffers, in a few milliseconds. Those in a CUDA graph stay.
+
+    Args:
+        group: as of the calls: a process group, a DeviceMesh, or None for the default group.
+
+    Raises:
+        ValueError: group is none.
+        RuntimeError: within a CUDA graph capture.
+        RankFailed: a rank does not come.
+    """
+    members(group)
+    hop_gang(group).release_buffers()
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,6 +126,12 @@ class Gang:
             _announce(pool.tally)
         return pool
 
+    def release_buffers(self) -> None:
+        """Give back what the pools hold; see `Pool.give_back`. All members of every pool must call."""
+        for (device, _), pool in self._pools.items():
+            self.lane(device).settle()
+            pool.give_back()
+
     def alive(self) -> bool:
         """Whether the group still is one; see `shards.lives`."""
         group = None if self._group is None else self._group()

@@ -57,10 +57,14 @@ class Lane:
 
     def run(self, work: Work) -> Tensors:
         """Do work() here, once what was started before has ended."""
+        self.settle()
+        return work()
+
+    def settle(self) -> None:
+        """Let what follows here come after what was started."""
         if self._last is not None:
             self._last.join()
             self._last = None
-        return work()
 
 
 class _Threaded:

@@ -264,9 +264,15 @@ def exchange(plan: Plan, Hq: int, Hkv: int, device: torch.device, group: Group, 
 
 def ring_gang(plan: Plan, group: Group, hosts: tuple[str, ...]) -> tuple[Gang, tuple[str, ...]]:
     """The state of the group in which the plan's hops go round, and its ranks' hosts, where known."""
+    gang = hop_gang(group)
     if plan.axes is None:
-        return Gang.of(_along(group, RING)), hosts
-    return Gang.of(_along(group, RING)), tuple(hosts[peer] for peer in ring_ranks(plan)) if hosts else ()
+        return gang, hosts
+    return gang, tuple(hosts[peer] for peer in ring_ranks(plan)) if hosts else ()
+
+
+def hop_gang(group: Group) -> Gang:
+    """The state of the group in which hops go round."""
+    return Gang.of(_along(group, RING))
 
 
 def ring_ranks(plan: Plan) -> Sequence[int]:

@@ -95,6 +95,21 @@ class Pool:
             self._graphed.add(channel)
         return held
 
+    def give_back(self) -> None:
+        """Let go of all buffers but those in CUDA graphs; the next call makes its own. Every member must call.
+
+        Raises:
+            RuntimeError: within a CUDA graph capture.
+            RankFailed: a member does not come.
+        """
+        if self.commons.capture():
+            raise RuntimeError("release_buffers: wanted no CUDA graph capture under way, got one")
+        self.commons.drain()
+        self.commons.meeting.exchange(None)  # nobody reads them any more
+        self._kept += [held for channel, held in self._buffers.items() if channel in self._graphed]
+        for views in (self._buffers, self._parcels, self._slots, self._graphed):
+            views.clear()
+
     def parcel(self, channel: int, member: int, cargo: Cargo, keys: slice) -> Parcel:
         """The message with these keys of a shard like the cargo that lies at the front of a member's buffer."""
         key = channel, member, cargo.form, keys.start, keys.stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from functools import lru_cache
 
 import pytest
@@ -151,6 +152,8 @@ def replayed(rank: int, size: int) -> None:
         if call > 3:  # the graph holds on to the smaller buffers
             whole = ringfa3.ring_attention(*larger, plan=longer, transport="pull")
             assert torch.equal(whole, ringfa3.ring_attention(*larger, plan=longer, transport="ring"))
+        if call > 5:
+            ringfa3.release_buffers()
 
 
 def test_a_graph_of_a_forward_pass(gpu_world):
@@ -257,6 +260,24 @@ def declared(rank: int, size: int) -> None:
 
 def test_memory(gpu_world):
     gpu_world(2)(declared)
+
+
+def given_back(rank: int, size: int) -> None:
+    """Nothing holds the buffers any more; calls in flight are finished before; the next ones are right."""
+    p, qkv = inputs(rank, size, 1 << 16)
+    group = dist.new_group(list(range(size)))
+    want = ringfa3.ring_attention(*qkv, plan=p, transport="ring")
+    pool = Gang.of(group).pool(qkv[0].device, range(size))
+    for _ in range(3):
+        got = ringfa3.ring_attention(*qkv, plan=p, group=group, transport="pull")
+        held = [weakref.ref(buffer) for buffer in pool.buffers(SHARD, 0)]
+        ringfa3.release_buffers(group)
+        assert not any(ref() for ref in held)
+        assert torch.equal(got, want)
+
+
+def test_buffers_are_given_back(gpu_world):
+    gpu_world(2)(given_back)
 
 
 def stays_away(rank: int, size: int) -> None:

@@ -8,6 +8,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -259,6 +260,31 @@ def shared() -> set[str]:
 
 def test_buffers_grow(world):
     world(2)(grows)
+
+
+def gives_back(rank: int, size: int, transport: str) -> None:
+    """Buffers are gone on every rank, with calls under way before and right answers after."""
+    q, k, v = (torch.randn(1, 300, heads, 16, generator=torch.manual_seed(rank + heads)) for heads in (4, 2, 2))
+    ringfa3.release_buffers()  # nothing there yet
+    seen = []
+    for _ in range(3):
+        seen.append(ringfa3.ring_attention(q, k, v, causal=False, transport=transport))
+        kept = [buffers for pool in Gang.of(None).pools() for buffers in pool._buffers.values()]
+        held = [weakref.ref(buffer) for buffers in kept for buffer in buffers]
+        del kept
+        assert bool(held) == (transport != "ring")
+        later = ringfa3.ring_attention(q, k, v, causal=False, transport=transport, async_op=True)
+        ringfa3.release_buffers()
+        assert not any(ref() for ref in held)
+        seen.append(later.wait())
+    assert all(torch.equal(out, seen[0]) for out in seen)
+    with pytest.raises(ValueError, match="group: wanted"):
+        ringfa3.release_buffers("everybody")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("transport", ["pull", "hierarchical:2", "ring"])
+def test_buffers_are_given_back(world, transport):
+    world(4)(gives_back, transport)
 
 
 def jittered(rank: int, size: int, transport: str, seed: int) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ringfa3 import release_buffers
 from ringfa3.transport.meeting import timeout_of
 from ringfa3_launch.bench import kernels, ring_peers
 from ringfa3_launch.bench.case import DTYPES, RING_PEERS
@@ -75,6 +76,7 @@ class Arena:
             Stuck: a call of ours hangs, or a peer's cannot be broken off.
         """
         began = time.monotonic()
+        self._release()
         found, contestants = Figures(), []
         shards: dict[tuple[object, ...], Shard] = {}
         for entry in match.entries:
@@ -87,6 +89,15 @@ class Arena:
         del contestants, shards
         free(self.place.device)
         return Outcome(match, self.place.device.type, **vars(found), wall=time.monotonic() - began)
+
+    def _release(self) -> None:
+        """Have our pools begin anew, so that a case shows what it needs, not what one before it did."""
+        self._held.clear()
+        if self.place.world > 1:
+            release_buffers(self.place.group)
+            for mesh in self.meshes.values():
+                if mesh.size() == self.place.world:
+                    release_buffers(mesh)
 
     def _enter(
         self, entry: Entry, match: Match, shards: dict[tuple[object, ...], Shard], found: Figures
