@@ -194,7 +194,7 @@ def test_what_is_asked_of_two_gpus(slower: dict[str, float], wrong: list[str]) -
 
 
 def test_wrong_answers_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 1; and so where a world breaks off, of which what it had is kept."""
+    """Exit status 1; and so where a world breaks off or is interrupted, of which what it had is kept."""
     load = Load(48)
     played = Played(1, SIZES, "cpu", served={load: served(1.0, 0.1)}, peer={load: served(2.0, 0.1)})
     played.checked[load] = Checked(False, 1, 5, 1e-7, 1e-7, 1e-5, "wider precision")
@@ -218,6 +218,18 @@ def test_wrong_answers_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert main(argv) == 1
     told = capsys.readouterr()
     assert "ours FAILED on 1 ranks: ChildProcessError: rank 0 ended by signal SIGKILL" in told.out
+    assert "1 of 5 equal, tie" in told.out
+
+    def is_interrupted(perform: Any, task: Any, steps: int, world: int, *_: Any, **__: Any) -> Any:
+        if world == 1:
+            return played
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "in_ranks", is_interrupted)
+    assert main([*argv[:-1], "1,2,3"]) == 1
+    told = capsys.readouterr()
+    assert "ours FAILED on 2 ranks: interrupted" in told.out
+    assert "3 ranks" not in told.out
     assert "1 of 5 equal, tie" in told.out
 
 

@@ -166,7 +166,10 @@ def play(
     asked: Asked,
     scratch: Path,
 ) -> tuple[list[Played], list[str]]:
-    """What came of each world, the first of which is judged by transformers too; and how worlds failed."""
+    """What came of each world, the first of which is judged by transformers too; and how worlds failed.
+
+    Ctrl-C ends our own ranks' measuring, like the failure of a world: what was found until then is kept.
+    """
     from ringfa3_launch.bench.inference_ranks import Task, perform
 
     until = None if asked.budget is None else time.monotonic() + asked.budget
@@ -178,13 +181,17 @@ def play(
         task = Task(program, asked.peer and not done, truths, until, None if info is not None else kept)
         try:
             done.append(in_ranks(perform, task, task.steps, world, info, console, device=program.device))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, KeyboardInterrupt) as error:
             if info is not None:
                 raise
-            failures.append(f"{world} ranks: {type(error).__name__}: {error}")
+            interrupted = isinstance(error, KeyboardInterrupt)
+            what = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+            failures.append(f"{world} ranks: {what}")
             print(f"ringfa3: {failures[-1]}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
             if kept.exists():  # our own ranks wrote it
                 done.append(pickle.loads(kept.read_bytes()))
+            if interrupted:
+                break
     return done, failures
 
 
