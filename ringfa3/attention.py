@@ -201,18 +201,33 @@ def release_buffers(group: Group = None) -> None:
     Transports "pull" and "hierarchical" keep buffers, symmetric memory on GPUs, which torch's allocator does not know:
     as much as their longest call needed, a few shards of keys and values. They grow with calls and do not shrink, so
     after a call with 1M tokens this may give back gigabytes. Waits for what is under way; the next call makes its own
-    buffers, in a few milliseconds. Those in a CUDA graph stay.
+    buffers. Those in a CUDA graph stay.
 
     Args:
-        group: as of the calls: a process group, a DeviceMesh, or None for the default group.
+        group: a process group, a DeviceMesh, or None for the default group. The calls' own: buffers are kept by group.
 
     Raises:
-        ValueError: group is none.
-        RuntimeError: within a CUDA graph capture.
-        RankFailed: a rank does not come.
+        ValueError: not a group, or this rank is not in it; or another rank calls something else, on every rank.
+        RuntimeError: within a CUDA graph capture; a ValueError on the other ranks.
+        RankFailed: a rank does not come within the group's Agreement's timeout, or dies.
     """
-    members(group)
-    hop_gang(group).release_buffers()
+    process_group, world, rank = members(group)
+    if world == 1:
+        return
+    error = None
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        error = RuntimeError("release_buffers: wanted no CUDA graph capture under way, got one")
+    gang, axes = Gang.of(process_group), shards.axes(group)
+    agreement = gang.agreement()
+    agreement.agree((("call", "release_buffers"),), 0, error)
+    gang.settle()  # on a mesh, calls run in the lane of all its ranks, their hops in the group along one axis
+    try:
+        with numbered(range(world) if axes is None else axes.ring_peers(rank)):
+            hop_gang(group).release_buffers()
+        agreement.check()
+    except BaseException as broken:
+        agreement.abandon(broken)  # some have given theirs back, some not: no call can go on from there
+        raise
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,10 +126,14 @@ class Gang:
             _announce(pool.tally)
         return pool
 
+    def settle(self) -> None:
+        """Let what follows here come after all calls that were started."""
+        for lane in self._lanes.values():
+            lane.settle()
+
     def release_buffers(self) -> None:
         """Give back what the pools hold; see `Pool.give_back`. All members of every pool must call."""
-        for (device, _), pool in self._pools.items():
-            self.lane(device).settle()
+        for pool in self.pools():
             pool.give_back()
 
     def alive(self) -> bool:

@@ -292,7 +292,7 @@ def numbered(ranks: Sequence[int]) -> Iterator[None]:
 def parts(plan: Plan, group: Group) -> list[tuple[Gang, Sequence[int]]]:
     """The groups that a call's messages go through, each with its ranks' numbers in the group of all."""
     if plan.axes is None:
-        return [(Gang.of(_along(group, RING)), ring_ranks(plan))]
+        return [(hop_gang(group), ring_ranks(plan))]
     axes = [(ULYSSES, plan.axes.peers(plan.rank)), (RING, ring_ranks(plan))]
     return [(Gang.of(_along(group, axis)), ranks) for axis, ranks in axes if len(ranks) > 1]
 

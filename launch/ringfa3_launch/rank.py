@@ -128,11 +128,12 @@ def init(info: RankInfo, *, device: str = "auto", timeout: float = 600.0, store:
         yield place
     except BaseException:
         # The others may be stuck in a collective with us: an orderly NCCL shutdown would wait for them.
-        if place.type == "cpu":
+        if place.type == "cpu" and dist.is_initialized():
             dist.destroy_process_group()
         raise
     else:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # many training scripts end by destroying it themselves
+            dist.destroy_process_group()
 
 
 def nccl_options() -> Any:

@@ -86,6 +86,7 @@ class Pool:
             self.commons.meeting.exchange(None)  # nobody reads the old ones any more
             if held is not None and channel in self._graphed:
                 self._kept.append(held)
+                self._graphed.discard(channel)
             self._buffers.pop(channel, None)
             self._parcels.clear()
             self._slots.clear()
@@ -98,12 +99,11 @@ class Pool:
     def give_back(self) -> None:
         """Let go of all buffers but those in CUDA graphs; the next call makes its own. Every member must call.
 
+        Not within a CUDA graph capture, nor beside calls that another thread of this process makes.
+
         Raises:
-            RuntimeError: within a CUDA graph capture.
             RankFailed: a member does not come.
         """
-        if self.commons.capture():
-            raise RuntimeError("release_buffers: wanted no CUDA graph capture under way, got one")
         self.commons.drain()
         self.commons.meeting.exchange(None)  # nobody reads them any more
         self._kept += [held for channel, held in self._buffers.items() if channel in self._graphed]

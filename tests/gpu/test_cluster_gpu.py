@@ -74,12 +74,12 @@ def test_a_rank_killed_in_the_middle_of_attention(cluster: RingCluster) -> None:
     for caller in callers:
         caller.join(SOON + 10)
     assert len(heard) == 3
-    for error, at in heard:  # one at most had just been answered, and asked again
+    for error, at in heard:  # those that had just been answered ask again, and hear that there are no ranks
         assert isinstance(error, RankFailed | NotReady), error
         assert "rank 1" in str(error)
         assert "SIGKILL" in str(error)
         assert at - since < SOON
-    assert sum(isinstance(error, RankFailed) and error.rank == 1 for error, _ in heard) >= 2
+    assert sum(isinstance(error, RankFailed) and error.rank == 1 for error, _ in heard) >= 1
     cluster.wait(AGAIN)
     qkv = inputs(500)
     check(cluster.attention(*qkv), None, qkv)

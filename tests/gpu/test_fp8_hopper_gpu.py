@@ -53,13 +53,16 @@ def seen(mask: str, Sq: int, Sk: int) -> Visible:
 def close(
     got: Partial, made: Three, visible: Visible, scale: float, softcap: float = 0.0, twin: Partial | None = None
 ) -> None:
-    """At most twice the twin's error against fp64 on the numbers that the fp8 tensors stand for."""
+    """At most twice the twin's error against fp64 on the numbers that the fp8 tensors stand for.
+
+    twin: by whose largest error ours is judged; None: the one that sees whole rows, by whose mean it always is.
+    """
     wide = [dequantize(x, torch.float64) for x in made]
     exact = reference.attend(*wide, visible, scale=scale, softcap=softcap, into=None, out_dtype=torch.float64)
-    twin = twin or fp8_twin.attend(*made, visible, scale=scale, softcap=softcap)
+    whole = fp8_twin.attend(*made, visible, scale=scale, softcap=softcap)
     rounding = 1e-4 if got.out.dtype == torch.float32 else 2.0**-8
-    for size in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max() / 3):
-        error, allowed = (size(x.out.double() - exact.out) for x in (got, twin))
+    for size, yardstick in ((lambda x: x.square().mean().sqrt(), whole), (lambda x: x.abs().max() / 3, twin or whole)):
+        error, allowed = (size(x.out.double() - exact.out) for x in (got, yardstick))
         assert error <= 2 * allowed + rounding * size(exact.out), f"error {error:.2e}, the twin's {allowed:.2e}"
     blind = exact.lse == -torch.inf
     assert got.lse.eq(-torch.inf).equal(blind)
@@ -123,7 +126,9 @@ def test_shards_continue_each_other(D: int, last: torch.dtype) -> None:
     q, k, v = quantize(*inputs(500, 1000, D), v_order="keys")
     whole = seen("causal", 500, 1000)
     state = Partial(torch.zeros(2, 500, 4, D, device="cuda"), torch.full((2, 4, 500), -torch.inf, device="cuda"))
-    twin = None  # by shards too: P of a row's largest score is exact in e4m3 where the whole row is seen at once
+    # P of a row's largest score is exact in e4m3 where the whole row is seen at once: the twin's largest error by
+    # shards is 1.4 to 3.2 times that (its mean 1.04 to 1.12 times)
+    twin = None
     for begin, end in ((512, 1000), (0, 256), (256, 512)):
         part = Visible(*((x - begin).clamp(0, end - begin) for x in (whole.lo, whole.hi)))
         out_dtype = last if begin == 256 else torch.float32

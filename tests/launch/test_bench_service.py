@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ringfa3.inference.text import Transcript
 from ringfa3_launch.bench import service, service_judge, service_report
 from ringfa3_launch.bench.inference_case import Sizes
 from ringfa3_launch.bench.service_case import Level, Overhead, Pair, Played, Program, Service
-from ringfa3_launch.bench.service_judge import chosen, judge
+from ringfa3_launch.bench.service_judge import chosen, judge, rounding
 from ringfa3_launch.bench.service_load import Answer, clients
 from ringfa3_launch.bench.service_model import prompts_from, write_random
 from ringfa3_launch.bench.service_play import play, serving
@@ -178,15 +179,17 @@ def test_the_judge_can_say_no() -> None:
     exact = torch.zeros(3, 6, dtype=torch.float64)
     exact[:, 1], exact[:, 2], exact[:, 3] = 8.0, 7.9, 5.0
     plain = exact.clone()
-    plain[:, 0] += 0.03  # allowed: 2 * 2 * 0.03
-    assert chosen([1, 2, 1], plain, exact)  # the second is 0.1 below the best
-    assert not chosen([1, 3, 1], plain, exact)  # 3 below
-    assert not chosen([1, 1, 4], plain, exact)
-    assert not chosen([1, 2, 1], exact, exact)  # nothing rounded: no ties
-    assert chosen([1, 1, 1], exact, exact)
-    assert not chosen([1, 1, 1], exact * torch.nan, exact)
-    assert chosen([1, 2, 1], exact, error=0.02)  # allowed: 2 * 3 * 0.02
-    assert not chosen([1, 2, 1], exact, error=0.01)
+    plain[:, 0] += 0.03
+    error = rounding(plain, exact)
+    assert error.tolist() == pytest.approx([0.03] * 3)
+    assert chosen([1, 2, 1], exact, 2 * error)  # the second is 0.1 below the best, allowed are 2 * 2 * 0.03
+    assert not chosen([1, 2, 1], exact, error)
+    assert not chosen([1, 3, 1], exact, 2 * error)  # 3 below
+    assert not chosen([1, 1, 4], exact, 2 * error)
+    assert not chosen([1, 2, 1], exact, 0 * error)  # nothing rounded: no ties
+    assert chosen([1, 1, 1], exact, 0 * error)
+    assert chosen([1, 2, 1], exact, error.max() * 2)
+    assert not chosen([1, 1, 1], exact * torch.nan, error)
 
 
 def test_the_judge_asks_the_model(tmp_path: Path) -> None:
@@ -221,26 +224,43 @@ def test_the_judge_asks_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("long", [False, True])
 def test_the_judge_of_long_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
-    """Pairs are judged as levels are; where wider precision takes too long, by the first prompt's error."""
+    """Pairs are judged as levels are; where wider precision takes too long, by the first short prompt's error."""
     monkeypatch.setattr(service_judge, "LONG", 30 if long else 100)
     folder = write_random(tmp_path / "tiny", "tiny", dtype="bfloat16", device="cpu", seed=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    prompts = [list(range(20)), list(range(40, 90))]
+    prompts = [[], list(range(20)), list(range(40, 90))]
     with torch.no_grad():
-        first, (best, other, *_, last) = (
-            model(torch.tensor([ids])).logits[0, -1].topk(500).indices.tolist() for ids in prompts
-        )
-        model.lm_head.weight[other] = model.lm_head.weight[best]
+        best, *near_it = model(torch.tensor([prompts[2]])).logits[0, -1].topk(30).indices.tolist()
+        for i, token in enumerate(near_it):  # less and less likely, from a tie on
+            model.lm_head.weight[token] = model.lm_head.weight[best].float() * (1 - i / 1000)
     model.save_pretrained(folder)
-    lone = {0: Answer(0, ids=(first[0],)), 1: Answer(1, ids=(best,))}
-    answers = [Answer(1, ids=(token,)) for token in (best, other, last)]
-    over = Overhead(50, tuple(Pair(lone[1], answer) for answer in answers))
-    found = Played(replace(HERE, dtype="bf16", folder=folder), [], [over], lone=lone, prompts=prompts)
+    wider = copy.deepcopy(model).float()
+
+    def logits(of: Any, ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return of(torch.tensor([ids])).logits[:, -1].double()
+
+    near, exact = (logits(each, prompts[2])[0] for each in (model, wider))
+    best, *others = near.topk(100).indices.tolist()
+    first = int(logits(wider, prompts[1]).argmax())
+    error = float(rounding(*(logits(each, prompts[1]) for each in (model, wider))) if long
+                  else rounding(near[None], exact[None]))  # fmt: skip
+    allowed, seen = (6 * error, near) if long else (4 * error, exact)
+    lacking = (seen.max() - seen) / allowed
+    within = [token for token in others if lacking[token] < 0.99]
+    beyond = [token for token in others if lacking[token] > 1.01]
+    assert within
+    assert beyond
+    lone = {1: Answer(1, ids=(first,)), 2: Answer(2, ids=(best,))}  # the first prompt's had failed
+    answers = [Answer(2, ids=(token,)) for token in (best, *within, *beyond)]
+    over = Overhead(50, tuple(Pair(lone[2], answer) for answer in answers))
+    found = Played(replace(HERE, dtype="bf16", folder=folder), [], [Overhead(20, ()), over], lone=lone, prompts=prompts)
     judge(found, device="cpu")
     assert found.missing == []
-    assert (len(found.overheads[0].parted), found.overheads[0].ties, found.overheads[0].wrong) == (2, 1, 1)
+    judged = found.overheads[1]
+    assert (len(judged.parted), judged.ties, judged.wrong) == (len(answers) - 1, len(within), len(beyond))
     results = service_report.Results(replace(PROGRAM, long=50), found)
-    assert service_report.wrongs(results) == ["S50: 1 answers neither the bare engine's nor a tie"]
+    assert service_report.wrongs(results) == [f"S50: {len(beyond)} answers neither the bare engine's nor a tie"]
     assert results.wrong
 
 

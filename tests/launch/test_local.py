@@ -49,6 +49,12 @@ def test_results_of_every_rank() -> None:
     assert children() == before
 
 
+def test_a_function_may_destroy_its_group() -> None:
+    import ranks
+
+    assert local(2, ranks.leaves_in_order, device="cpu") == [0, 1]
+
+
 def test_exception_arrives_with_its_traceback_and_ends_the_others() -> None:
     import ranks
 

@@ -123,6 +123,31 @@ def test_views_of_a_buffer_are_kept_until_it_grows():
     assert shelf.parcel(0, 1, cargo, keys).data.data_ptr() == now[1].data_ptr()
 
 
+def test_buffers_in_a_graph_stay():
+    """Those that a capture has used; what they grew into afterwards is given back, and so are all views."""
+    shelf = Grown()
+    for expected in (1, 2):
+        shelf.buffers(0, 100)
+        shelf.capturing = 1
+        in_graph = shelf.buffers(0, 100)
+        shelf.capturing = 0
+        shelf.give_back()
+        assert len(shelf._kept) == expected
+        assert shelf._kept[-1] is in_graph
+    shelf.buffers(0, 100)
+    shelf.capturing = 1
+    shelf.buffers(0, 100)
+    shelf.capturing = 0
+    shelf.parcel(0, 1, made("16-bit"), slice(4, 12))
+    grown = weakref.ref(shelf.buffers(0, GRAIN + 1)[1])
+    shelf.parcel(0, 1, made("16-bit"), slice(4, 12))
+    shelf.slot(0, 1, (2, 5), torch.float32, offset=256)
+    shelf.give_back()
+    gc.collect()
+    assert grown() is None
+    assert len(shelf._kept) == 3
+
+
 def test_as_many_views_are_kept_as_said():
     shelf = Grown()
     shelf.buffers(0, 100)
@@ -174,12 +199,13 @@ class Grown(Shelf):
         self.commons = self  # type: ignore[assignment]
         self.meeting = self
         self._graphed, self._kept = set(), []
+        self.capturing = 0
 
-    buffers = Pool.buffers
+    buffers, give_back = Pool.buffers, Pool.give_back
 
     def capture(self) -> int:
         """As `Commons.capture`."""
-        return 0
+        return self.capturing
 
     def share(self, size: int) -> tuple[torch.Tensor, ...]:
         """As `Commons.share`."""

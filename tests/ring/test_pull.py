@@ -8,13 +8,15 @@ import queue
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import ringfa3
 from ringfa3 import Mask, Plan, RankFailed
@@ -262,29 +264,52 @@ def test_buffers_grow(world):
     world(2)(grows)
 
 
-def gives_back(rank: int, size: int, transport: str) -> None:
-    """Buffers are gone on every rank, with calls under way before and right answers after."""
+def mapped() -> int:
+    """Mappings of shared memory of ours in this process."""
+    return sum("ringfa3-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def gives_back(rank: int, size: int, where: str) -> None:
+    """Buffers are gone on every rank, with a call under way before and right answers after."""
+    mesh = (
+        DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("ulysses", "ring")) if where == "mesh" else None
+    )
+    transport = "pull" if where == "mesh" else where
+    options = {"causal": False, "transport": transport, "group": mesh, "layout": "contiguous"}
     q, k, v = (torch.randn(1, 300, heads, 16, generator=torch.manual_seed(rank + heads)) for heads in (4, 2, 2))
-    ringfa3.release_buffers()  # nothing there yet
-    seen = []
+    ringfa3.release_buffers(mesh)  # perhaps nothing there yet
+    seen = [ringfa3.ring_attention(q, k, v, **options)]
+    ringfa3.release_buffers(mesh)
+    without = mapped()
     for _ in range(3):
-        seen.append(ringfa3.ring_attention(q, k, v, causal=False, transport=transport))
-        kept = [buffers for pool in Gang.of(None).pools() for buffers in pool._buffers.values()]
-        held = [weakref.ref(buffer) for buffers in kept for buffer in buffers]
-        del kept
-        assert bool(held) == (transport != "ring")
-        later = ringfa3.ring_attention(q, k, v, causal=False, transport=transport, async_op=True)
-        ringfa3.release_buffers()
-        assert not any(ref() for ref in held)
+        seen.append(ringfa3.ring_attention(q, k, v, **options))
+        assert (mapped() > without) == (where != "ring")
+        later = ringfa3.ring_attention(q, k, v, async_op=True, **options)
+        ringfa3.release_buffers(mesh)
+        assert mapped() == without
         seen.append(later.wait())
     assert all(torch.equal(out, seen[0]) for out in seen)
+
+
+@pytest.mark.parametrize("where", ["pull", "hierarchical:2", "ring", "mesh"])
+def test_buffers_are_given_back(world, where):
+    world(4)(gives_back, where)
+
+
+def refuses_to_give_back(rank: int, size: int) -> None:
+    """Not a group, or another rank that does something else: an error everywhere, and calls go on."""
     with pytest.raises(ValueError, match="group: wanted"):
         ringfa3.release_buffers("everybody")  # type: ignore[arg-type]
+    q = torch.randn(1, 8, 2, 16)
+    for odd in (0, 1):
+        act = ringfa3.release_buffers if rank == odd else partial(ringfa3.ring_attention, q, q, q, transport="pull")
+        with pytest.raises(ValueError, match=f"call: .*rank {odd} has release_buffers"):
+            act()
+    ringfa3.ring_attention(q, q, q, transport="pull")
 
 
-@pytest.mark.parametrize("transport", ["pull", "hierarchical:2", "ring"])
-def test_buffers_are_given_back(world, transport):
-    world(4)(gives_back, transport)
+def test_giving_back_is_agreed_on(world):
+    world(2)(refuses_to_give_back)
 
 
 def jittered(rank: int, size: int, transport: str, seed: int) -> list[torch.Tensor]:

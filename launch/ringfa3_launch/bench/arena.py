@@ -76,7 +76,10 @@ class Arena:
             Stuck: a call of ours hangs, or a peer's cannot be broken off.
         """
         began = time.monotonic()
-        self._release()
+        if self._held:
+            released = self.guard.attempt(self._release)  # of other failures every entry of ours tells, by name
+            if released.hung:
+                raise Stuck(f"release_buffers: {released.reason}")
         found, contestants = Figures(), []
         shards: dict[tuple[object, ...], Shard] = {}
         for entry in match.entries:

@@ -155,13 +155,23 @@ class _Stage:
             done.append(load)
         announcer.close()
         longest = max((load for load in done if load.batch == 1), default=None)
+        told = [self._late()]
+        dist.broadcast_object_list(told, 0, group=self.waiting)
         if longest is not None and program.shape is not None:  # other models may have windows, or no plain softmax
-            self.tell("attention within the prefill", 0)
-            attention = parts.time_attention(
-                runner, self.prompts[longest][0], program.chunk, self.sizes, dtype=self.dtype, device=self.device,
-                seconds=PART_SECONDS,
-            )  # fmt: skip
-            self.played = replace(self.played, attention=attention)
+            where = f"attention within the prefill, S{format_size(longest.length)} on {self.info.world} ranks"
+            if told[0]:
+                self._lack(f"{where}: no time left", 0)
+                return
+            self.tell(where, 0)
+            try:
+                attention = parts.time_attention(
+                    runner, self.prompts[longest][0], program.chunk, self.sizes, dtype=self.dtype, device=self.device,
+                    seconds=PART_SECONDS,
+                )  # fmt: skip
+            except Exception as error:  # out of memory, most often: what was measured is not to be lost
+                self._lack(f"{where}: {_line(error)}", 0)
+            else:
+                self.played = replace(self.played, attention=attention)
 
     def _judge_one(self, load: Load) -> None:
         prompts = self.prompts[load]

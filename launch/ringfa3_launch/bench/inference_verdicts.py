@@ -84,7 +84,8 @@ def judge(results: Results) -> list[Verdict]:
         on_gpu = world.device == "cuda"
         attention = world.attention
         if attention is not None:
-            asked = OF_RING if on_gpu and world.world > 1 and attention.length >= 128 * K else None
+            judged = on_gpu and results.program.shape == "llama-3-8b" and world.world > 1
+            asked = OF_RING if judged and attention.length >= 128 * K else None
             case = f"prefill S{format_size(attention.length)} W{world.world}"
             found.append(_at_least(case, "attention's speed over the ring's own", asked, attention.speed))
         for kernel in world.kernels:

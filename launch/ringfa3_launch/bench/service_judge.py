@@ -24,7 +24,7 @@ WIDER = {"bf16": "float32", "fp16": "float32", "fp32": "float64"}
 TIMES = 2  # of plain transformers' error: what ours may have, for each of the two logits
 FLOOR = 1e-6  # of the largest logit
 LIKELY = 64  # tokens whose error counts: others' is never in question, and there are many
-LONG = 1 << 14  # tokens of a prompt that wider precision takes too long for: the first prompt's error serves
+LONG = 1 << 14  # tokens: fp32 attention over 128K takes a GPU a minute; above, the first short prompt's error serves
 
 
 def judge(played: Played, *, device: str) -> None:
@@ -64,19 +64,22 @@ def _ties(folder: Path, others: Sequence[Answer], played: Played, device: str) -
     plain = read(folder, dtype=getattr(torch, DTYPES[dtype])).to(device)
     exact = copy.deepcopy(plain).to(getattr(torch, WIDER[dtype]))
 
-    def both(prompt: int, ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def measured(prompt: int, ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Logits in wider precision, and plain's error in those that count, token by token."""
         near, wide = (_logits(model, played.prompts[prompt], ids, device) for model in (plain, exact))
-        return near, wide
+        return wide, rounding(near, wide)
 
     @cache
-    def usual() -> float:
-        return float(rounding(*both(0, played.lone[0].ids)).max())
+    def usual_error() -> Tensor:
+        short = min(i for i in played.lone if len(played.prompts[i]) <= LONG)
+        return measured(short, played.lone[short].ids)[1].max()
 
     @cache  # the lone answer is asked of once for each that parts from it
     def right(prompt: int, ids: tuple[int, ...]) -> bool:
         if len(played.prompts[prompt]) <= LONG:
-            return chosen(ids, *both(prompt, ids))
-        return chosen(ids, _logits(plain, played.prompts[prompt], ids, device), error=usual())
+            logits, error = measured(prompt, ids)
+            return chosen(ids, logits, TIMES * error)
+        return chosen(ids, _logits(plain, played.prompts[prompt], ids, device), (TIMES + 1) * usual_error())
 
     found = set()
     for answer in others:
@@ -100,22 +103,20 @@ def _logits(model: Any, prompt: Sequence[int], ids: Sequence[int], device: str) 
 
 
 def rounding(plain: Tensor, exact: Tensor) -> Tensor:
-    """[n]: the largest error among the likeliest tokens; arguments as of `chosen`."""
+    """[n]: the largest error of plain's logits [n, vocab] among the likeliest tokens."""
     likely = exact.topk(min(LIKELY, exact.shape[1])).indices
     return (plain - exact).gather(1, likely).abs().amax(1)
 
 
-def chosen(ids: Sequence[int], plain: Tensor, exact: Tensor | None = None, *, error: float = 0.0) -> bool:
+def chosen(ids: Sequence[int], logits: Tensor, allowed: Tensor) -> bool:
     """Whether each token is the likeliest after those before it, or as likely, for what rounding may do.
 
     Args:
         ids: of an answer, n.
-        plain, exact: [n, vocab] logits of its tokens, in the dtype that is served and in wider precision.
-        error: without exact: plain's, which it stands for with that error of its own.
+        logits: [n, vocab], of its tokens.
+        allowed: [n] or [], the error of a logit.
     """
     import torch
 
-    allowed = TIMES * rounding(plain, exact) if exact is not None else (TIMES + 1) * error
-    logits = plain if exact is None else exact
     lacking = logits.amax(1) - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
     return bool((lacking <= 2 * (allowed + FLOOR * logits.abs().amax(1))).all())
