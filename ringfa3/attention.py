@@ -221,13 +221,22 @@ def release_buffers(group: Group = None) -> None:
     agreement = gang.agreement()
     agreement.agree((("call", "release_buffers"),), 0, error)
     gang.settle()  # on a mesh, calls run in the lane of all its ranks, their hops in the group along one axis
+    with _together(agreement), numbered(range(world) if axes is None else axes.ring_peers(rank)):
+        hop_gang(group).release_buffers()
+
+
+@contextmanager
+def _together(agreement: Agreement | None) -> Iterator[None]:
+    """What all ranks do at once: an error in here leaves messages under way, so the other ranks are told."""
     try:
-        with numbered(range(world) if axes is None else axes.ring_peers(rank)):
-            hop_gang(group).release_buffers()
-        agreement.check()
-    except BaseException as broken:
-        agreement.abandon(broken)  # some have given theirs back, some not: no call can go on from there
-        raise
+        yield
+        if agreement is not None:
+            agreement.check()  # what was waited for may have been given up meanwhile
+    except BaseException as error:
+        failure = None if agreement is None else agreement.abandon(error)
+        if failure is None or failure is error or not isinstance(error, Exception):
+            raise
+        raise failure from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +255,7 @@ class Task:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
         """out in q's dtype and lse, over all hops; where heads were traded, also the q, k, v and lse computed with."""
-        with self._whole():
+        with _together(self.agreement):
             if self.heads is None:
                 return self._forward(q, k, v, fp8=self.asked.fp8)
             with self._range("forward heads out"):
@@ -264,7 +273,7 @@ class Task:
             self.agreement.agree(((BACKWARD, self.number),), 0, error)
         if error is not None:
             raise error
-        with self._whole():
+        with _together(self.agreement):
             if self.asked.fp8 is not None and self.asked.fp8.gradients == "exact":
                 out, lse = self._recomputed(q, k, v)
             dout = torch.zeros_like(out) if dout is None else dout if is_aligned(dout) else dout.contiguous()
@@ -277,19 +286,6 @@ class Task:
                 gradients = self._backward(q, k, v, lse, dout, delta)
             with self._range("backward heads home"):
                 return self.heads.home_gradients(*gradients, out.dtype)
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """An error in here leaves messages under way: tell the other ranks."""
-        try:
-            yield
-            if self.agreement is not None:
-                self.agreement.check()  # what was waited for may have been given up meanwhile
-        except BaseException as error:
-            failure = None if self.agreement is None else self.agreement.abandon(error)
-            if failure is None or failure is error or not isinstance(error, Exception):
-                raise
-            raise failure from error
 
     def _recomputed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out of this rank's rows and lse as computed with, from q, k and v as computed with, without fp8."""

@@ -155,9 +155,9 @@ class _Stage:
             done.append(load)
         announcer.close()
         longest = max((load for load in done if load.batch == 1), default=None)
-        told = [self._late()]
-        dist.broadcast_object_list(told, 0, group=self.waiting)
         if longest is not None and program.shape is not None:  # other models may have windows, or no plain softmax
+            told = [self._late()]
+            dist.broadcast_object_list(told, 0, group=self.waiting)
             where = f"attention within the prefill, S{format_size(longest.length)} on {self.info.world} ranks"
             if told[0]:
                 self._lack(f"{where}: no time left", 0)

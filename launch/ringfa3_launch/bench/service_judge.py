@@ -24,7 +24,7 @@ WIDER = {"bf16": "float32", "fp16": "float32", "fp32": "float64"}
 TIMES = 2  # of plain transformers' error: what ours may have, for each of the two logits
 FLOOR = 1e-6  # of the largest logit
 LIKELY = 64  # tokens whose error counts: others' is never in question, and there are many
-LONG = 1 << 14  # tokens: fp32 attention over 128K takes a GPU a minute; above, the first short prompt's error serves
+LONG = 1 << 14  # tokens: fp32 attention over 128K is 1e15 operations; above, the first short prompt's error serves
 
 
 def judge(played: Played, *, device: str) -> None:

@@ -14,7 +14,7 @@ from ringfa3_launch.bench import report
 from ringfa3_launch.bench.case import format_size
 from ringfa3_launch.bench.inference_report import grid, row, timed
 from ringfa3_launch.bench.ring_report import ENVIRONMENT
-from ringfa3_launch.bench.service_case import Played, Program
+from ringfa3_launch.bench.service_case import Overhead, Played, Program
 from ringfa3_launch.bench.service_load import Answer
 from ringfa3_launch.bench.timing import Timing
 from ringfa3_launch.bench.verdicts import Verdict
@@ -72,6 +72,12 @@ class Results:
         return ", ".join(word for word in words if word)
 
     @property
+    def long(self) -> Overhead | None:
+        """At the long prompt, which is measured last."""
+        there = [each for each in self.played.overheads if each.length == self.program.long]
+        return there[-1] if there else None
+
+    @property
     def wrong(self) -> bool:
         """Whether some answer was not what it should be, or none came."""
         levels = self.played.levels
@@ -86,12 +92,12 @@ def judge(results: Results) -> list[Verdict]:
     on_gpu = service.device == "cuda"
     if results.program.long is not None:
         where = service.case("completion", results.program.long)
-        there = [each for each in played.overheads if each.length == results.program.long][-1:]  # the short ones first
-        count = len(there[0].pairs) if there else 0
+        long = results.long
+        count = len(long.pairs) if long else 0
         found.append(Verdict(where, "requests answered", "ours", "> 0", count, count > 0))
-        if count and service.launcher:
-            wrong = there[0].wrong
-            found.append(Verdict(where, "answers neither the bare engine's nor a tie", "ours", "0", wrong, wrong == 0))
+        if long and service.launcher:
+            words = "answers neither the bare engine's nor a tie"
+            found.append(Verdict(where, words, "ours", "0", long.wrong, long.wrong == 0))
     for overhead in played.overheads if service.launcher else ():
         where = service.case("completion", overhead.length)
         for what, added, bound, factor in (
@@ -226,10 +232,9 @@ def overhead_table(results: Results) -> list[list[str]]:
 def wrongs(results: Results) -> list[str]:
     """What was not as it should be, in words; each error once."""
     found = dict.fromkeys(results.played.wrong)
-    for overhead in results.played.overheads[1:]:  # the first one's answers are those of one client
-        if overhead.wrong:
-            where = f"S{format_size(overhead.length)}"
-            found[f"{where}: {overhead.wrong} answers neither the bare engine's nor a tie"] = None
+    if results.long and results.long.wrong:
+        where = f"S{format_size(results.long.length)}"
+        found[f"{where}: {results.long.wrong} answers neither the bare engine's nor a tie"] = None
     for level in results.played.levels:
         if level.wrong and results.played.lone:
             found[f"{level.concurrency} clients: {level.wrong} answers neither the lone one nor a tie"] = None
